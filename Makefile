@@ -1,0 +1,47 @@
+# `make demo` regenerates the speech table on this machine, `make test` runs all tests. Both make their own environment first.
+# Needed: Python 3.10 or newer with venv, and make.
+PYTHON   ?= python3
+VENV     ?= .venv
+# Passed to `pip install`: for instance the index of CPU builds of torch (see README)
+PIP_ARGS ?=
+# Where `make demo` writes its table and figures
+OUT      ?= runs/demo
+BIN      := $(VENV)/bin
+SPEC     := settings.ini setup.py pyproject.toml constraints.txt
+PROGRESS := runs/progress.log
+
+.PHONY: help demo test clean-venv
+
+help:
+	@echo "make demo   the speech table on this machine, one seed, written to $(OUT)/"
+	@echo "make test   all notebooks and tests"
+	@echo "Variables:  PYTHON=$(PYTHON) VENV=$(VENV) OUT=$(OUT) PIP_ARGS='$(PIP_ARGS)'"
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "Python 3.10 or newer is needed: make PYTHON=python3.11 ..."; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.demo: $(SPEC) | $(BIN)/python
+	$(BIN)/python -m pip install $(PIP_ARGS) -c constraints.txt -e ".[demo]"
+	@touch $@
+
+$(VENV)/.dev: $(SPEC) | $(BIN)/python
+	$(BIN)/python -m pip install $(PIP_ARGS) -c constraints.txt -e ".[demo,dev]"
+	@touch $(VENV)/.demo $@
+
+# papermill shows which cell it is at; what remains to be trained comes from the progress log of the run store
+demo: $(VENV)/.demo
+	@mkdir -p runs && touch $(PROGRESS)
+	@tail -n 0 -f $(PROGRESS) & log=$$!; trap 'kill $$log' EXIT; \
+	$(BIN)/papermill nbs/05_speech.ipynb runs/05_speech.ipynb -p out $(OUT) -y 'seeds: [0]'
+	@echo; echo "Speech table, this machine, one seed ($(OUT)/table3.md):"; echo; cat $(OUT)/table3.md
+	@echo; echo "Beside the committed result in paper_figures/:"; echo
+	@$(BIN)/python -c "import pandas as pd; from cald.runs import compare_with_committed as c; print(c('table3', pd.read_csv('$(OUT)/table3.csv')).round(2).to_string(index=False))"
+	@echo; echo "Table and figures: $(OUT)/    the notebook with its outputs: runs/05_speech.ipynb"
+
+test: $(VENV)/.dev
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/nbdev_test --n_workers 2
+	OMP_NUM_THREADS=2 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q tests
+
+clean-venv:
+	rm -rf $(VENV)
