@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['seed_all', 'find_snapshots', 'ProgressLines', 'Distiller', 'by_item', 'count_items']
 
-# %% ../nbs/03_distill.ipynb #6237c2ce
+# %% ../nbs/03_distill.ipynb #01be73c2
 import logging, os, shutil, signal, sys, threading, time
 from pathlib import Path
 
 import datasets, torch, transformers
+from fastcore.basics import patch
 from fastcore.imports import IN_NOTEBOOK
 from fastcore.meta import delegates
 from torch.utils.data import DataLoader, IterableDataset
@@ -63,7 +64,7 @@ class _Quiet:
     def __exit__(self, *_):
         if self.was: hf_logging.enable_progress_bar()
 
-# %% ../nbs/03_distill.ipynb #226dcca1
+# %% ../nbs/03_distill.ipynb #4e7030d9
 _undecayed = {'A_log', 'D', 'dt_bias'} # mamba_ssm marks them `_no_weight_decay`; a mark does not survive saving or copying, a name does
 
 class Distiller(Trainer):
@@ -84,6 +85,7 @@ class Distiller(Trainer):
         super().__init__(model, args, train_dataset=train_dataset, **kwargs)
         self.guidance,self.task_loss,self.task_sum,self.snapshots = guidance or Unguided(),task_loss,task_sum,set(snapshots)
         if nonfinite not in ('raise','skip'): raise ValueError(f"nonfinite is 'raise' or 'skip', not {nonfinite!r}")
+        if args.save_only_model: raise ValueError('save_only_model leaves nothing to go on from; `snapshots` saves the model alone at chosen steps')
         self.nonfinite,self.skipped,self._resume,self._stopped = nonfinite,0,None,False
         if by_item(self.guidance) and not task_sum: raise ValueError("a loss with per='item' goes with task_sum=True")
         if task_sum and task_loss is None and getattr(model.config, 'ctc_loss_reduction', 'sum')!='sum':
@@ -101,189 +103,224 @@ class Distiller(Trainer):
             if type(cb).__name__ in ('PrinterCallback','ProgressCallback','NotebookProgressCallback'): self.remove_callback(cb)
         if progress!='none': self.add_callback({'bar': transformers.ProgressCallback, 'line': ProgressLines}[progress])
 
-    # data -------------------------------------------------------------------------------------------------------------------
-    def get_train_dataloader(self):
-        "Trainer's, with an order and random parts that do not depend on what was drawn before"
-        ds,args,collate = self.train_dataset,self.args,self.data_collator
-        if ds is None or isinstance(ds, (IterableDataset, datasets.IterableDataset)): return super().get_train_dataloader()
-        if isinstance(ds, datasets.Dataset): ds = self._remove_unused_columns(ds, description='training')
-        else: collate = self._get_collator_with_removed_columns(collate, description='training')
-        seed = args.seed if args.data_seed is None else args.data_seed
-        self._sampler = EpochSampler(self._get_train_sampler(ds), seed)
-        return self.accelerator.prepare(DataLoader(SeededBatches(ds, collate, seed), batch_size=self._train_batch_size, sampler=self._sampler,
-            collate_fn=_same, drop_last=args.dataloader_drop_last, num_workers=args.dataloader_num_workers,
-            pin_memory=args.dataloader_pin_memory, persistent_workers=args.dataloader_persistent_workers,
-            prefetch_factor=args.dataloader_prefetch_factor))
+# %% ../nbs/03_distill.ipynb #90cc16f3
+@patch
+def get_train_dataloader(self:Distiller):
+    "Trainer's, with an order and random parts that do not depend on what was drawn before"
+    ds,args,collate = self.train_dataset,self.args,self.data_collator
+    if isinstance(ds, (IterableDataset, datasets.IterableDataset)) or args.train_sampling_strategy=='batch_rebalance':
+        return Trainer.get_train_dataloader(self)
+    if isinstance(ds, datasets.Dataset): ds = self._remove_unused_columns(ds, description='training')
+    else: collate = self._get_collator_with_removed_columns(collate, description='training')
+    seed = args.seed if args.data_seed is None else args.data_seed
+    self._sampler = EpochSampler(self._get_train_sampler(ds), seed)
+    return self.accelerator.prepare(DataLoader(SeededBatches(ds, collate, seed), batch_size=self._train_batch_size, sampler=self._sampler,
+        collate_fn=_same, drop_last=args.dataloader_drop_last, num_workers=args.dataloader_num_workers,
+        pin_memory=args.dataloader_pin_memory, persistent_workers=args.dataloader_persistent_workers,
+        prefetch_factor=args.dataloader_prefetch_factor))
 
-    def get_batch_samples(self, epoch_iterator, num_batches, device):
-        "The micro-batches of a step, and with `task_sum` the share of each in the step's items"
-        batches,n = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if self.task_sum:
-            items,frames = [count_items(b) for b in batches],sum(self._mask(b).sum() for b in batches)
-            self._shares = [(1/sum(items), i/(frames*sum(items))) for i in items]
-        return batches,n
+# %% ../nbs/03_distill.ipynb #4e476913
+@patch
+def get_batch_samples(self:Distiller, epoch_iterator, num_batches, device):
+    "The micro-batches of a step, and with `task_sum` the share of each in the step's items"
+    batches,n = Trainer.get_batch_samples(self, epoch_iterator, num_batches, device)
+    if self.task_sum:
+        items,frames = [count_items(b) for b in batches],sum(self._mask(b).sum() for b in batches)
+        self._shares = [(1/sum(items), i/(frames*sum(items))) for i in items]
+    return batches,n
 
-    def _mask(self, batch, length=None): return state_mask(self.model, batch, length or state_length(self.model, batch))
+@patch
+def _mask(self:Distiller, batch, length=None): return state_mask(self.model, batch, length or state_length(self.model, batch))
 
-    def _set_signature_columns_if_needed(self):
-        super()._set_signature_columns_if_needed()
-        self._signature_columns = list({*self._signature_columns, 'num_items'})
+@patch
+def _set_signature_columns_if_needed(self:Distiller):
+    Trainer._set_signature_columns_if_needed(self)
+    self._signature_columns = list({*self._signature_columns, 'num_items'})
 
-    def _prepare_inputs(self, inputs):
-        inputs = super()._prepare_inputs(inputs)
-        if self.task_sum and not self.model.training: self._items = count_items(inputs)
-        return {k:v for k,v in inputs.items() if k!='num_items'}
+@patch
+def _prepare_inputs(self:Distiller, inputs):
+    inputs = Trainer._prepare_inputs(self, inputs)
+    if self.task_sum and not self.model.training and {'labels','num_items'}&inputs.keys(): self._items = count_items(inputs)
+    return {k:v for k,v in inputs.items() if k!='num_items'}
 
-    # loss -------------------------------------------------------------------------------------------------------------------
-    def _task(self, outputs, inputs):
-        if self.task_loss: return self.task_loss(outputs, inputs)
-        if getattr(outputs, 'loss', None) is None: raise ValueError(f'the model gave no loss for {list(inputs)}; add labels, or pass `task_loss`')
-        return outputs.loss
+# %% ../nbs/03_distill.ipynb #3b866ce2
+@patch
+def _task(self:Distiller, outputs, inputs):
+    if self.task_loss: return self.task_loss(outputs, inputs)
+    if getattr(outputs, 'loss', None) is None: raise ValueError(f'the model gave no loss for {list(inputs)}; add labels, or pass `task_loss`')
+    return outputs.loss
 
-    def _model_inputs(self, inputs):
-        "`inputs` without labels where `task_loss` takes the place of the model's own loss"
-        return {k:v for k,v in inputs.items() if k not in self.label_names} if self.task_loss else inputs
+@patch
+def _model_inputs(self:Distiller, inputs):
+    "`inputs` without labels where `task_loss` takes the place of the model's own loss"
+    return {k:v for k,v in inputs.items() if k not in self.label_names} if self.task_loss else inputs
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        "Task loss, and in training what the guidance adds"
-        if not model.training:
-            outputs = model(**self._model_inputs(inputs))
-            loss = self._task(outputs, inputs)/(self._items if self.task_sum else 1)
-            return (loss, outputs) if return_outputs else loss
-        with self.accelerator.autocast(): teacher = self.guidance.teacher_forward(inputs, self.state.global_step)
-        with all_states(self.model) as fill:
-            outputs = model(**self._model_inputs(inputs), **({} if teacher is None else {'output_hidden_states': True}))
-            if teacher is not None: outputs = fill(outputs)
-        parts,accum = {'task': self._task(outputs, inputs)},self.current_gradient_accumulation_steps
-        task,weight = self._shares.pop(0) if self.task_sum else (1,None)
-        parts['task'] = parts['task']*task
-        if teacher is not None:
-            parts |= self.guidance.loss(outputs, teacher, self._mask(inputs, outputs.hidden_states[0].shape[1]), weight)
-        if self.task_sum: parts = {k:v*accum for k,v in parts.items()} # Trainer divides by it
-        for k,v in parts.items(): self._step_parts[k] = self._step_parts.get(k, 0)+v.detach()/accum
-        return (sum(parts.values()), outputs) if return_outputs else sum(parts.values())
+@patch
+def compute_loss(self:Distiller, model, inputs, return_outputs=False, num_items_in_batch=None):
+    "Task loss, and in training what the guidance adds"
+    if not model.training:
+        outputs = model(**self._model_inputs(inputs))
+        loss = self._task(outputs, inputs)/(self._items if self.task_sum else 1)
+        return (loss, outputs) if return_outputs else loss
+    with self.accelerator.autocast(): teacher = self.guidance.teacher_forward(inputs, self.state.global_step)
+    if teacher is None: outputs = model(**self._model_inputs(inputs))
+    else:
+        with all_states(self.model) as fill: outputs = fill(model(**self._model_inputs(inputs), output_hidden_states=True))
+    parts,accum = {'task': self._task(outputs, inputs)},self.current_gradient_accumulation_steps
+    task,weight = self._shares.pop(0) if self.task_sum else (1,None)
+    parts['task'] = parts['task']*task
+    if teacher is not None:
+        parts |= self.guidance.loss(outputs, teacher, self._mask(inputs, outputs.hidden_states[0].shape[1]), weight)
+    if self.task_sum: parts = {k:v*accum for k,v in parts.items()} # Trainer divides by it
+    for k,v in parts.items(): self._step_parts[k] = self._step_parts.get(k, 0)+v.detach()/accum
+    return (sum(parts.values()), outputs) if return_outputs else sum(parts.values())
 
-    def check_finite(self):
-        "Raise FloatingPointError, or skip the step, when its loss or gradient is not finite"
-        grads = [p.grad for p in self.model.parameters() if p.grad is not None] if self.accelerator.scaler is None else []
-        total = sum(self._step_parts.values())
-        if bool(torch.isfinite(total+(torch.nn.utils.get_total_norm(grads).to(total.device) if grads else 0))):
-            for k,v in self._step_parts.items(): self._parts[k] = self._parts.get(k, 0)+v
-        else:
-            what = ', '.join(f'{k} {v.item():.4g}' for k,v in self._step_parts.items())
-            if self.nonfinite=='raise':
-                raise FloatingPointError(f'step {self.state.global_step+1}: loss or gradient is not finite (losses: {what}); nothing was saved of this step')
-            self.skipped += 1
-            _log.warning(f'step {self.state.global_step+1} is skipped, its loss or gradient is not finite (losses: {what})')
-            for p in self.model.parameters(): p.grad = None
-        self._step_parts = {}
+# %% ../nbs/03_distill.ipynb #99cc8453
+@patch
+def check_finite(self:Distiller):
+    "Raise FloatingPointError, or skip the step, when its loss or gradient is not finite"
+    grads = [p.grad for p in self.model.parameters() if p.grad is not None] if self.accelerator.scaler is None else []
+    total = sum(self._step_parts.values())
+    ok = torch.isfinite(total+(torch.nn.utils.get_total_norm(grads).to(total.device) if grads else 0))
+    if self.args.world_size>1: ok = self.accelerator.reduce(ok.float(), 'mean')==1 # all processes or none
+    if ok:
+        for k,v in self._step_parts.items(): self._parts[k] = self._parts.get(k, 0)+v
+    else:
+        what = ', '.join(f'{k} {v.item():.4g}' for k,v in self._step_parts.items())
+        if self.nonfinite=='raise':
+            raise FloatingPointError(f'step {self.state.global_step+1}: loss or gradient is not finite (losses: {what}); nothing was saved of this step')
+        self.skipped += 1
+        _log.warning(f'step {self.state.global_step+1} is skipped, its loss or gradient is not finite (losses: {what})')
+        for p in self.model.parameters(): p.grad = None
+    self._step_parts = {}
 
-    def log(self, logs, start_time=None):
-        "Trainer's, with the parts of the loss"
-        if 'loss' in logs and self._parts:
-            n,vals = self.state.global_step-self._logged,torch.stack([v.float() for v in self._parts.values()])
-            if self.args.world_size>1: vals = self.accelerator.reduce(vals, 'mean')
-            parts = {f'loss_{k}': v/n for k,v in zip(self._parts, vals.tolist())}
-            logs = {**logs, 'loss': sum(parts.values()), **parts, **self.guidance.logs()}
-            if self.skipped: logs['skipped'] = self.skipped
-            self._parts,self._logged = {},self.state.global_step
-        super().log(logs, start_time)
+# %% ../nbs/03_distill.ipynb #b6c51578
+@patch
+def log(self:Distiller, logs, start_time=None):
+    "Trainer's, with the parts of the loss"
+    if 'loss' in logs and self._parts:
+        n,vals = self.state.global_step-self._logged,torch.stack([v.float() for v in self._parts.values()])
+        if self.args.world_size>1: vals = self.accelerator.reduce(vals, 'mean')
+        parts = {f'loss_{k}': v/n for k,v in zip(self._parts, vals.tolist())}
+        logs = {**logs, 'loss': sum(parts.values()), **parts, **self.guidance.logs()}
+        if self.skipped: logs['skipped'] = self.skipped
+        self._parts,self._logged = {},self.state.global_step
+    Trainer.log(self, logs, start_time)
 
-    def get_decay_parameter_names(self, model):
-        "Weights of two or more axes, but for those of a Mamba's recurrence"
-        named = dict(model.named_parameters())
-        return [n for n in super().get_decay_parameter_names(model)
-                if named[n].ndim>1 and not getattr(named[n], '_no_weight_decay', False) and n.split('.')[-1] not in _undecayed]
+# %% ../nbs/03_distill.ipynb #44617ad8
+@patch
+def get_decay_parameter_names(self:Distiller, model):
+    "Weights of two or more axes, but for those of a Mamba's recurrence"
+    named = dict(model.named_parameters(remove_duplicate=False))
+    return [n for n in Trainer.get_decay_parameter_names(self, model)
+            if named[n].ndim>1 and not getattr(named[n], '_no_weight_decay', False) and n.split('.')[-1] not in _undecayed]
 
-    # steps ------------------------------------------------------------------------------------------------------------------
-    def begin(self):
-        "The run begins, or goes on"
-        self.guidance.to(self.args.device)
-        self.guidance.setup(self.state.max_steps)
-        self._parts,self._step_parts,self._logged,self.skipped = {},{},self.state.global_step,0
-        if self._resume is None: return
-        state = load_state(self._resume/'guidance')
-        self.guidance.load_state_dict(state['guidance'])
-        self.skipped,self._logged = state['skipped'],state['logged']
-        self._parts = {k: v.to(self.args.device) for k,v in state['parts'].items()}
+# %% ../nbs/03_distill.ipynb #61ef556a
+@patch
+def begin(self:Distiller):
+    "The run begins, or goes on"
+    self.guidance.to(self.args.device)
+    self.guidance.setup(self.state.max_steps)
+    self._parts,self._step_parts,self._logged,self.skipped = {},{},self.state.global_step,0
+    if self._resume is None: return
+    state = load_state(self._resume/'guidance')
+    self.guidance.load_state_dict(state['guidance'])
+    self.skipped,self._logged = state['skipped'],state['logged']
+    self._parts = {k: v.to(self.args.device) for k,v in state['parts'].items()}
 
-    def begin_epoch(self): self._sampler_epoch(int(self.state.epoch or 0))
-    def _sampler_epoch(self, epoch):
-        if hasattr(self, '_sampler'): self._sampler.epoch = epoch
+@patch
+def begin_epoch(self:Distiller):
+    "Tell the sampler which epoch it is"
+    if hasattr(self, '_sampler'): self._sampler.epoch = int(self.state.epoch or 0)
 
-    def _run_epoch(self, *args, **kwargs):
-        if self.state.global_step<self.state.max_steps: super()._run_epoch(*args, **kwargs)
+@patch
+def _run_epoch(self:Distiller, *args, **kwargs):
+    "Trainer's, unless the run is over: going on from its last step, Trainer would make one more"
+    if self.state.global_step<self.state.max_steps: Trainer._run_epoch(self, *args, **kwargs)
 
-    def end_step(self, control):
-        "After a step of the optimizer: move the teacher, save what is due"
-        step = self.state.global_step
-        self.guidance.update(step)
-        if step in self.snapshots and self.args.should_save: self.save_snapshot(step)
-        if self._stopped: control.should_save = control.should_training_stop = True
+# %% ../nbs/03_distill.ipynb #3c6e291b
+@patch
+def end_step(self:Distiller, control):
+    "After a step of the optimizer: move the teacher, save what is due"
+    step = self.state.global_step
+    self.guidance.update(step)
+    if step in self.snapshots and self.args.should_save: self.save_snapshot(step)
+    if self._stopped: control.should_save = control.should_training_stop = True
 
-    def save_snapshot(self, step):
-        "Save the model alone as snapshot-STEP"
-        out = Path(self.args.output_dir)/f'snapshot-{step}'
-        tmp = out.with_name(f'tmp-{out.name}')
-        for p in (tmp,out): shutil.rmtree(p, ignore_errors=True)
-        with _Quiet(): self.accelerator.unwrap_model(self.model).save_pretrained(tmp)
-        os.replace(tmp, out)
+@patch
+def save_snapshot(self:Distiller, step):
+    "Save the model alone as snapshot-STEP"
+    out = Path(self.args.output_dir)/f'snapshot-{step}'
+    tmp = out.with_name(f'tmp-{out.name}')
+    for p in (tmp,out): shutil.rmtree(p, ignore_errors=True)
+    with _Quiet(): self.accelerator.unwrap_model(self.model).save_pretrained(tmp)
+    os.replace(tmp, out)
 
-    # checkpoints ------------------------------------------------------------------------------------------------------------
-    def _save_checkpoint(self, model, trial=None):
-        "Trainer's, then the guidance, then the manifest; only then older ones go"
-        folder = Path(self._get_output_dir(trial=trial))/f'checkpoint-{self.state.global_step}'
-        main,limit = self.args.should_save,self.args.save_total_limit
-        if main and folder.exists(): delete_checkpoint(folder)
-        self.accelerator.wait_for_everyone()
-        self.args.save_total_limit = None
-        try:
-            with _Quiet(): super()._save_checkpoint(model, trial)
-        finally: self.args.save_total_limit = limit
-        if main: save_state(folder/'guidance', {'guidance': self.guidance.state_dict(), 'skipped': self.skipped, 'parts': self._parts, 'logged': self._logged})
-        self.accelerator.wait_for_everyone()
-        if not main: return
-        write_manifest(folder)
-        best = self.state.best_model_checkpoint
-        old = [p for p in checkpoints(folder.parent) if p!=folder and not (best and p.samefile(best))]
-        if limit: [delete_checkpoint(p) for p in old[:max(len(old)+1-limit, 0)]]
+# %% ../nbs/03_distill.ipynb #b89a5c74
+@patch
+def _save_checkpoint(self:Distiller, model, trial=None):
+    "Trainer's, then the guidance, then the manifest; only then older ones go"
+    folder = Path(self._get_output_dir(trial=trial))/f'checkpoint-{self.state.global_step}'
+    main,limit = self.args.should_save,self.args.save_total_limit
+    if main and folder.exists(): delete_checkpoint(folder)
+    self.accelerator.wait_for_everyone()
+    self.args.save_total_limit = None
+    try:
+        with _Quiet(): Trainer._save_checkpoint(self, model, trial)
+    finally: self.args.save_total_limit = limit
+    if main: save_state(folder/'guidance', {'guidance': self.guidance.state_dict(), 'skipped': self.skipped, 'parts': self._parts, 'logged': self._logged})
+    self.accelerator.wait_for_everyone()
+    if not main: return
+    write_manifest(folder)
+    best = self.state.best_model_checkpoint
+    old = [p for p in checkpoints(folder.parent) if p!=folder and not (best and p.samefile(best))]
+    if limit: [delete_checkpoint(p) for p in old[:max(len(old)+1-limit, 0)]]
 
-    def _save(self, output_dir=None, state_dict=None):
-        "Trainer's, without its pickle of the arguments"
-        super()._save(output_dir, state_dict)
-        out = Path(output_dir or self.args.output_dir)
-        (out/'training_args.bin').unlink(missing_ok=True)
-        if self.args.should_save: (out/'training_args.json').write_text(self.args.to_json_string())
+# %% ../nbs/03_distill.ipynb #9cd15c9c
+@patch
+def _save(self:Distiller, output_dir=None, state_dict=None):
+    "Trainer's, without its pickle of the arguments"
+    Trainer._save(self, output_dir, state_dict)
+    out = Path(output_dir or self.args.output_dir)
+    (out/'training_args.bin').unlink(missing_ok=True)
+    if self.args.should_save: (out/'training_args.json').write_text(self.args.to_json_string())
 
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        "The weights in the model's own format, all of them"
-        if not isinstance(self.model, PreTrainedModel) or model is not None:
-            return super()._load_from_checkpoint(resume_from_checkpoint, model)
-        with _Quiet():
-            saved,info = type(self.model).from_pretrained(resume_from_checkpoint, dtype=self.model.dtype, output_loading_info=True)
-        if bad := [*info['missing_keys'], *info['unexpected_keys'], *info['mismatched_keys']]:
-            raise ValueError(f'{resume_from_checkpoint} is not a checkpoint of this {type(self.model).__name__}: {bad[0]} and {len(bad)-1} more do not fit')
-        self.model.load_state_dict(saved.state_dict())
+# %% ../nbs/03_distill.ipynb #b0870bbf
+@patch
+def _load_from_checkpoint(self:Distiller, resume_from_checkpoint, model=None):
+    "The weights in the model's own format, all of them"
+    if not isinstance(self.model, PreTrainedModel) or model is not None:
+        return Trainer._load_from_checkpoint(self, resume_from_checkpoint, model)
+    with _Quiet():
+        saved,info = type(self.model).from_pretrained(resume_from_checkpoint, dtype=self.model.dtype, output_loading_info=True)
+    if bad := [*info['missing_keys'], *info['unexpected_keys'], *info['mismatched_keys']]:
+        raise ValueError(f'{resume_from_checkpoint} is not a checkpoint of this {type(self.model).__name__}: {bad[0]} and {len(bad)-1} more do not fit')
+    self.model.load_state_dict(saved.state_dict())
 
-    def _load_best_model(self): self._load_from_checkpoint(self.state.best_model_checkpoint)
+@patch
+def _load_best_model(self:Distiller): self._load_from_checkpoint(self.state.best_model_checkpoint)
 
-    def train(self,
-              resume_from_checkpoint=None, # folder of a checkpoint, or True for the newest
-              trial=None, ignore_keys_for_eval=None,
-              resume=False,                # True: go on from the newest complete checkpoint if there is one, else begin
-             ):
-        "Train; Ctrl-C ends the step, saves a checkpoint and raises KeyboardInterrupt"
-        folder = resume_from_checkpoint or None
-        if resume or folder is True:
-            folder = last_checkpoint(self.args.output_dir)
-            if folder is None and not resume: raise FileNotFoundError(f'no complete checkpoint in {self.args.output_dir}')
-        elif folder and (why := what_is_wrong(folder)): raise ValueError(f'cannot go on from {folder}: {why}')
-        self._resume,self._stopped = folder and Path(folder),False
-        with _on_interrupt(self): out = super().train(folder and str(folder), trial, ignore_keys_for_eval)
-        if self._stopped:
-            step,n = self.state.global_step,self.state.max_steps
-            raise KeyboardInterrupt(f'stopped after step {step} of {n}; the checkpoint is in {self.args.output_dir}, go on with train(resume=True)')
-        return out
+# %% ../nbs/03_distill.ipynb #cdb18e61
+@patch
+def train(self:Distiller,
+          resume_from_checkpoint=None, # folder of a checkpoint, or True for the newest
+          trial=None, ignore_keys_for_eval=None,
+          resume=False,                # True: go on from the newest complete checkpoint if there is one, else begin
+         ):
+    "Train; Ctrl-C ends the step, saves a checkpoint and raises KeyboardInterrupt"
+    folder = resume_from_checkpoint or None
+    if resume or folder is True:
+        folder = last_checkpoint(self.args.output_dir)
+        if folder is None and not resume: raise FileNotFoundError(f'no complete checkpoint in {self.args.output_dir}')
+    elif folder and (why := what_is_wrong(folder)): raise ValueError(f'cannot go on from {folder}: {why}')
+    elif not folder and (old := last_checkpoint(self.args.output_dir)):
+        _log.warning(f'{old} is from an earlier run, and resume=True would go on from it; this run starts anew')
+    self._resume,self._stopped = folder and Path(folder),False
+    with _on_interrupt(self): out = Trainer.train(self, folder and str(folder), trial, ignore_keys_for_eval)
+    if self._stopped:
+        step,n = self.state.global_step,self.state.max_steps
+        raise KeyboardInterrupt(f'stopped after step {step} of {n}; the checkpoint is in {self.args.output_dir}, go on with train(resume=True)')
+    return out
 
 # %% ../nbs/03_distill.ipynb #a16f502d
 def by_item(guidance)->bool:

@@ -6,13 +6,14 @@
 __all__ = ['real', 'hidden_mse', 'output_kl', 'HiddenLoss', 'loss_preset', 'state_length', 'state_mask', 'Guidance', 'Unguided',
            'all_states', 'run_teacher', 'Target', 'Trajectory', 'load_model', 'Waypoint', 'Hybrid']
 
-# %% ../nbs/02_guidance.ipynb #e91f2d1e
+# %% ../nbs/02_guidance.ipynb #e448d636
 import copy, inspect
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch, torch.nn.functional as F, transformers
+from fastcore.basics import patch
 from torch import Tensor
 from transformers import get_scheduler
 from transformers.utils import ModelOutput, find_labels
@@ -52,7 +53,7 @@ def _check_alike(hs, ht):
     if hs[0].shape!=ht[0].shape:
         raise ValueError(f"the student's hidden states are {tuple(hs[0].shape)}, its teacher's {tuple(ht[0].shape)}: they must be alike")
 
-# %% ../nbs/02_guidance.ipynb #a803ef65
+# %% ../nbs/02_guidance.ipynb #77b65666
 @dataclass
 class HiddenLoss:
     "Layer loss and output loss of a student against its teacher; `loss_preset` has the paper's three conventions"
@@ -84,26 +85,30 @@ class HiddenLoss:
         if self.alpha_output: res['output'] = self.alpha_output*self.output_loss(student.logits, teacher.logits, mask, weight)
         return res
 
-    def average(self, e, mask, weight):
-        "Reduce the errors `e` (batch, length) to a number, over all positions or those in `mask`"
-        if mask is not None: e = e*mask
-        if self.per=='item': return e.sum()*weight
-        return e.mean() if mask is None else e.sum()/mask.sum().clamp(min=1)
+# %% ../nbs/02_guidance.ipynb #051cb0b2
+@patch
+def average(self:HiddenLoss, e, mask, weight):
+    "Reduce the errors `e` (batch, length) to a number, over all positions or those in `mask`"
+    if mask is not None: e = e*mask
+    if self.per=='item': return e.sum()*weight
+    return e.mean() if mask is None else e.sum()/mask.sum().clamp(min=1)
 
-    def layer_loss(self, hs, ht, mask=None, weight=None):
-        "The unweighted layer loss of the hidden states `hs` against `ht`"
-        _check_alike(hs, ht)
-        pairs = list(zip(hs, ht))[self.first:self.last]
-        loss = sum(self.average(hidden_mse(s, t, mask, self.norm), mask, weight) for s,t in pairs)
-        return loss/len(pairs) if self.reduce=='mean' else loss
+@patch
+def layer_loss(self:HiddenLoss, hs, ht, mask=None, weight=None):
+    "The unweighted layer loss of the hidden states `hs` against `ht`"
+    _check_alike(hs, ht)
+    pairs = list(zip(hs, ht))[self.first:self.last]
+    loss = sum(self.average(hidden_mse(s, t, mask, self.norm), mask, weight) for s,t in pairs)
+    return loss/len(pairs) if self.reduce=='mean' else loss
 
-    def output_loss(self, s, t, mask=None, weight=None):
-        "The unweighted output loss of logits `s` against `t`: per position, or per sample; the mean over heads when there are several"
-        if isinstance(s, (tuple,list)): return sum(self.output_loss(a, b, mask, weight) for a,b in zip(s,t))/len(s)
-        kl = output_kl(s, t, self.temperature)*(self.temperature**2 if self.t2 else 1)
-        if kl.ndim==2: return self.average(kl, mask, weight)
-        if self.per=='item': raise ValueError("per='item' has an output loss for outputs at each position only")
-        return kl.mean()
+@patch
+def output_loss(self:HiddenLoss, s, t, mask=None, weight=None):
+    "The unweighted output loss of logits `s` against `t`: per position, or per sample; the mean over heads when there are several"
+    if isinstance(s, (tuple,list)): return sum(self.output_loss(a, b, mask, weight) for a,b in zip(s,t))/len(s)
+    kl = output_kl(s, t, self.temperature)*(self.temperature**2 if self.t2 else 1)
+    if kl.ndim==2: return self.average(kl, mask, weight)
+    if self.per=='item': raise ValueError("per='item' has an output loss for outputs at each position only")
+    return kl.mean()
 
 # %% ../nbs/02_guidance.ipynb #cf0a6753
 _presets = {
@@ -250,7 +255,7 @@ class Target(Guidance):
         if self.teacher is None: raise RuntimeError(f'the teacher of this {type(self).__name__} was let go; make a new one')
         return run_teacher(self.teacher, batch, self.train_mode, self.key(step))
 
-# %% ../nbs/02_guidance.ipynb #b159559d
+# %% ../nbs/02_guidance.ipynb #b6c81ea8
 class Trajectory(Target):
     "A teacher that is fine-tuned in the same loop, on the same batches, by its own optimizer"
     def __init__(self,
@@ -286,60 +291,22 @@ class Trajectory(Target):
         "Is the teacher updated at the end of `step`?"
         return (step+1)%self.every==0
 
-    def teacher_forward(self, batch, step):
-        "What the teacher makes of `batch` before this step's update, for which the gradient is gathered here"
-        if self.teacher is None: raise RuntimeError('this Trajectory has no teacher: call `setup` first, and make a new one after `free`')
-        key = self.key(step)
-        if not self.moves_at(step): return run_teacher(self.teacher, batch, self.train_mode and not self.own_forward, key)
-        seen = run_teacher(self.teacher, batch) if self.own_forward else None
-        self.teacher.train(self.train_mode)
-        with torch.enable_grad(), own_rng('teacher', *key), all_states(self.teacher) as fill:
-            out = fill(self.teacher(**_inputs(self.teacher, batch, labels=self.task_loss is None)))
-            loss = self.task_loss(out, batch) if self.task_loss else out.loss
-            loss.backward()
-        self.micro += 1
-        self._loss,self._seen = self._loss+loss.detach(),self._seen+1
-        return seen or _detached(out)
-
-    def update(self, step):
-        "Make the teacher's own step, if this was one of its steps. Raises FloatingPointError for a gradient that is not finite"
-        if not self.micro: return
-        ps = self.opt.param_groups[0]['params']
-        _average_over_processes(ps)
-        grads = [p.grad for p in ps if p.grad is not None]
-        torch._foreach_div_(grads, self.micro)
-        norm = torch.nn.utils.get_total_norm(grads)
-        if not torch.isfinite(norm): raise FloatingPointError(f"the teacher's gradient is not finite at step {step}; lower its lr ({self.lr})")
-        if self.clip: torch._foreach_mul_(grads, (self.clip/(norm+1e-6)).clamp(max=1))
-        self.opt.step(); self.sched.step(); self.opt.zero_grad()
-        self.updates,self.micro = self.updates+1,0
-
-    def free(self):
-        "Let teacher and optimizer go"
-        super().free()
-        self.source = self.opt = self.sched = None
-
-    def logs(self):
-        "The teacher's own loss since the last call, and its learning rate"
-        if self.teacher is None or not self._seen: return {}
-        res = {'teacher_loss': float(self._loss)/self._seen, 'teacher_lr': self.sched.get_last_lr()[0]}
-        self._loss,self._seen = 0.,0
-        return res
-
-    def state_dict(self):
-        "Weights, optimizer, schedule and count of updates"
-        return {**super().state_dict(), 'updates': self.updates, 'every': self.every, 'loss': float(self._loss), 'seen': self._seen,
-                'teacher': self.teacher.state_dict(),
-                'optimizer': self.opt.state_dict(), 'schedule': self.sched.state_dict()}
-
-    def load_state_dict(self, state):
-        "Go on from `state`, after `setup`"
-        super().load_state_dict(state)
-        if state['every']!=self.every: raise ValueError(f"the run was begun with every={state['every']}, not {self.every}")
-        self.teacher.load_state_dict(state['teacher'])
-        self.opt.load_state_dict(state['optimizer'])
-        self.sched.load_state_dict(state['schedule'])
-        self.updates,self.micro,self._loss,self._seen = state['updates'],0,state['loss'],state['seen']
+# %% ../nbs/02_guidance.ipynb #3fe5b844
+@patch
+def teacher_forward(self:Trajectory, batch, step):
+    "What the teacher makes of `batch` before this step's update, for which the gradient is gathered here"
+    if self.teacher is None: raise RuntimeError('this Trajectory has no teacher: call `setup` first, and make a new one after `free`')
+    key = self.key(step)
+    if not self.moves_at(step): return run_teacher(self.teacher, batch, self.train_mode and not self.own_forward, key)
+    seen = run_teacher(self.teacher, batch) if self.own_forward else None
+    self.teacher.train(self.train_mode)
+    with torch.enable_grad(), own_rng('teacher', *key), all_states(self.teacher) as fill:
+        out = fill(self.teacher(**_inputs(self.teacher, batch, labels=self.task_loss is None)))
+        loss = self.task_loss(out, batch) if self.task_loss else out.loss
+        loss.backward()
+    self.micro += 1
+    self._loss,self._seen = self._loss+loss.detach(),self._seen+1
+    return seen or _detached(out)
 
 # %% ../nbs/02_guidance.ipynb #dd5ef20b
 def _average_over_processes(ps):
@@ -351,6 +318,53 @@ def _average_over_processes(ps):
         dist.all_reduce(p.grad)
         p.grad /= dist.get_world_size()
 
+# %% ../nbs/02_guidance.ipynb #c79f10d8
+@patch
+def update(self:Trajectory, step):
+    "Make the teacher's own step, if this was one of its steps. Raises FloatingPointError for a gradient that is not finite"
+    if not self.micro: return
+    ps = self.opt.param_groups[0]['params']
+    _average_over_processes(ps)
+    grads = [p.grad for p in ps if p.grad is not None]
+    torch._foreach_div_(grads, self.micro)
+    norm = torch.nn.utils.get_total_norm(grads)
+    if not torch.isfinite(norm): raise FloatingPointError(f"the teacher's gradient is not finite at step {step}; lower its lr ({self.lr})")
+    if self.clip: torch._foreach_mul_(grads, (self.clip/(norm+1e-6)).clamp(max=1))
+    self.opt.step(); self.sched.step(); self.opt.zero_grad()
+    self.updates,self.micro = self.updates+1,0
+
+# %% ../nbs/02_guidance.ipynb #07a1ff95
+@patch
+def free(self:Trajectory):
+    "Let teacher and optimizer go"
+    Target.free(self)
+    self.source = self.opt = self.sched = None
+
+@patch
+def logs(self:Trajectory):
+    "The teacher's own loss since the last call, and its learning rate"
+    if self.teacher is None or not self._seen: return {}
+    res = {'teacher_loss': float(self._loss)/self._seen, 'teacher_lr': self.sched.get_last_lr()[0]}
+    self._loss,self._seen = 0.,0
+    return res
+
+@patch
+def state_dict(self:Trajectory):
+    "Weights, optimizer, schedule and count of updates"
+    return {**Target.state_dict(self), 'updates': self.updates, 'every': self.every, 'loss': float(self._loss), 'seen': self._seen,
+            'teacher': self.teacher.state_dict(),
+            'optimizer': self.opt.state_dict(), 'schedule': self.sched.state_dict()}
+
+@patch
+def load_state_dict(self:Trajectory, state):
+    "Go on from `state`, after `setup`"
+    Target.load_state_dict(self, state)
+    if state['every']!=self.every: raise ValueError(f"the run was begun with every={state['every']}, not {self.every}")
+    self.teacher.load_state_dict(state['teacher'])
+    self.opt.load_state_dict(state['optimizer'])
+    self.sched.load_state_dict(state['schedule'])
+    self.updates,self.micro,self._loss,self._seen = state['updates'],0,state['loss'],state['seen']
+
 # %% ../nbs/02_guidance.ipynb #3acc7862
 def load_model(folder):
     "The model in `folder`, of the class that its config.json names"
@@ -358,7 +372,7 @@ def load_model(folder):
     if not hasattr(transformers, name): raise ValueError(f'{folder}: transformers has no {name}; say how to load it by `load`')
     return getattr(transformers, name).from_pretrained(folder)
 
-# %% ../nbs/02_guidance.ipynb #f65f2a9b
+# %% ../nbs/02_guidance.ipynb #55e0505a
 class Waypoint(Target):
     "Stored snapshots of a teacher's fine-tuning, one after the other, each ahead of the student"
     def __init__(self,
@@ -375,13 +389,14 @@ class Waypoint(Target):
         if len(set(self.steps))<len(self.steps): raise ValueError(f'two snapshots of one step among {self.steps}')
         if not (cycle is None or cycle=='equal' or (isinstance(cycle, int) and cycle>0)):
             raise ValueError(f"cycle is None, 'equal' or a number of steps, not {cycle!r}")
+        self.every = None if cycle=='equal' else cycle
 
     @property
     def steps(self): return [s for s,_ in self.snapshots]
 
     def setup(self, total_steps):
         "Fix the length of 'equal' shares"
-        self.every = max(total_steps//len(self.snapshots), 1) if self.cycle=='equal' else self.cycle
+        if self.cycle=='equal': self.every = max(total_steps//len(self.snapshots), 1)
 
     def which(self, step):
         "Number of the snapshot that guides at `step`"
@@ -398,19 +413,23 @@ class Waypoint(Target):
             self.index = i
         return super().teacher_forward(batch, step)
 
-    def logs(self): return {} if self.index is None else {'waypoint': self.steps[self.index]}
+# %% ../nbs/02_guidance.ipynb #14094779
+@patch
+def logs(self:Waypoint): return {} if self.index is None else {'waypoint': self.steps[self.index]}
 
-    def state_dict(self):
-        "Which snapshots there are; the step says which one is used, and its folder holds the weights"
-        return {**super().state_dict(), 'steps': self.steps, 'cycle': self.cycle}
+@patch
+def state_dict(self:Waypoint):
+    "Which snapshots there are; the step says which one is used, and its folder holds the weights"
+    return {**Target.state_dict(self), 'steps': self.steps, 'cycle': self.cycle}
 
-    def load_state_dict(self, state):
-        "Check that the snapshots are those of the run"
-        super().load_state_dict(state)
-        for k in ('steps','cycle'):
-            if state[k]!=getattr(self, k): raise ValueError(f'the run was begun with {k} {state[k]}, not {getattr(self, k)}')
+@patch
+def load_state_dict(self:Waypoint, state):
+    "Check that the snapshots are those of the run"
+    Target.load_state_dict(self, state)
+    for k in ('steps','cycle'):
+        if state[k]!=getattr(self, k): raise ValueError(f'the run was begun with {k} {state[k]}, not {getattr(self, k)}')
 
-# %% ../nbs/02_guidance.ipynb #7972e472
+# %% ../nbs/02_guidance.ipynb #84ad19f4
 class Hybrid(Guidance):
     "Any other guidance until a certain step, then none"
     def __init__(self,
@@ -428,7 +447,7 @@ class Hybrid(Guidance):
 
     def setup(self, total_steps):
         "Fix the step of the switch"
-        self.stop,self.switched = int(self.until*total_steps) if isinstance(self.until, float) else self.until,False
+        self.stop,self.switched = round(self.until*total_steps) if isinstance(self.until, float) else self.until,False
         self.inner.setup(total_steps)
         self.switch(0)
 
@@ -453,17 +472,21 @@ class Hybrid(Guidance):
         self.inner.update(step)
         self.switch(step)
 
-    def logs(self): return {} if self.loss is None else self.inner.logs()
+# %% ../nbs/02_guidance.ipynb #1de27beb
+@patch
+def logs(self:Hybrid): return {} if self.loss is None else self.inner.logs()
 
-    def state_dict(self):
-        "The inner guidance's state, as long as it is there"
-        return {**super().state_dict(), 'switched': self.switched, 'stop': self.stop,
-                'inner': None if self.loss is None else self.inner.state_dict()}
+@patch
+def state_dict(self:Hybrid):
+    "The inner guidance's state, as long as it is there"
+    return {**Guidance.state_dict(self), 'switched': self.switched, 'stop': self.stop,
+            'inner': None if self.loss is None else self.inner.state_dict()}
 
-    def load_state_dict(self, state):
-        "Go on from `state`, be it a hybrid's or that of a plain run of the inner guidance"
-        if state['kind']!='Hybrid' and state['kind']==type(self.inner).__name__: return self.inner.load_state_dict(state)
-        super().load_state_dict(state)
-        if state['stop']!=self.stop: raise ValueError(f"the run was begun with the switch at step {state['stop']}, not {self.stop}")
-        if state['inner'] is not None: self.inner.load_state_dict(state['inner'])
-        if state['switched']: self.switch(self.stop)
+@patch
+def load_state_dict(self:Hybrid, state):
+    "Go on from `state`, be it a hybrid's or that of a plain run of the inner guidance"
+    if state['kind']!='Hybrid' and state['kind']==type(self.inner).__name__: return self.inner.load_state_dict(state)
+    Guidance.load_state_dict(self, state)
+    if state['stop']!=self.stop: raise ValueError(f"the run was begun with the switch at step {state['stop']}, not {self.stop}")
+    if state['inner'] is not None: self.inner.load_state_dict(state['inner'])
+    if state['switched']: self.switch(self.stop)

@@ -157,14 +157,14 @@ def clear_checkpoints(folder):
     "Delete what is needed to resume; snapshots stay"
     for p in checkpoints(folder): delete_checkpoint(p)
 
-# %% ../nbs/05_speech.ipynb #a7fe0273
+# %% ../nbs/05_speech.ipynb #3c50b7d9
 def train_cell(c, run, corpus, # `Corpus` of the cell's task
                store)->dict:
     "Train cell `c`, or go on with it, and test it; returns the result and leaves the model in `run.folder`/model"
     r,task = Recipe(**settings(c)),TASKS[c.task]
     standard = standard_run(c, store, corpus)
     model,guidance = ready(c, r, task.labels(corpus.df), standard and standard.folder)
-    sets = {k: corpus.part(task, s) for k,s in dict(train='train', dev=task.dev, test=task.test).items()}
+    sets = {s: corpus.part(task, s) for s in ('train','dev','test')}
     lr = r.lr if c.mode=='standard' else r.lr_student
     args = training_args(r, task, run.folder/'train', c.seed, lr)
     steps = range(args.eval_steps, r.steps+1, args.eval_steps) if c.mode=='standard' else ()

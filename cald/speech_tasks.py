@@ -23,11 +23,11 @@ from transformers import AutoConfig,AutoModelForAudioClassification,AutoModelFor
 from transformers.models.wav2vec2.modeling_wav2vec2 import Wav2Vec2FeatureEncoder
 from transformers.utils import logging as hf_logging
 
-# %% ../nbs/05c_speech_tasks.ipynb #89f55e2d
+# %% ../nbs/05c_speech_tasks.ipynb #578864fe
 from .corpora import digit_files,digits_manifest,read_slurp,read_tedlium,read_voxceleb
 from .runs import check_name,digest,hash_files,write_atomic
-from .sources import shipped
-from .speech_data import check_manifest,data_hash,generate,load_audio,read_manifest
+from .sources import front_end,shipped
+from .speech_data import RATE,check_manifest,data_hash,generate,load_audio,read_manifest
 
 # %% ../nbs/05c_speech_tasks.ipynb #b589d9a8
 CHARS = "|abcdefghijklmnopqrstuvwxyz'"
@@ -60,7 +60,7 @@ class Heads:
     def split(self, logits:Tensor)->list: # logits (batch, sum(sizes)) -> one (batch, size) for each column
         return logits.split(self.sizes, -1)
 
-# %% ../nbs/05c_speech_tasks.ipynb #3685f04c
+# %% ../nbs/05c_speech_tasks.ipynb #41391702
 @dataclass(frozen=True)
 class Task:
     "What is learnt from a manifest"
@@ -73,6 +73,9 @@ class Task:
     test:str='test'
     @property
     def ctc(self): return self.columns==('text',)
+    def splits(self, df)->list:
+        "The splits of `df` to train, select and test on"
+        return [s if s in set(df.split) else s.removesuffix('_seen') for s in ('train', self.dev, self.test)]
     def labels(self, df): return Characters() if self.ctc else Heads.fit(df[df.split=='train'], self.columns)
 
 TASKS = {t.name: t for t in (
@@ -81,16 +84,19 @@ TASKS = {t.name: t for t in (
     Task('speaker', 'Speaker, accuracy %', ('speaker',), 'joint', True, dev='dev_seen', test='test_seen'))}
 PAPER_DATA = dict(asr='TED-LIUM 3', intent='SLURP', speaker='VoxCeleb1')
 
-# %% ../nbs/05c_speech_tasks.ipynb #9fcea9e0
+# %% ../nbs/05c_speech_tasks.ipynb #768db0a8
 class FrontEnd(Wav2Vec2FeatureEncoder):
     "Wav2Vec2's front end, which lets its own output pass: (batch, samples) is encoded, (batch, frames, channels) is taken as it is"
-    def forward(self, x): return x.transpose(1,2) if x.dim()==3 else super().forward(x)
+    def forward(self, x):
+        if x.dim()==3: return x.transpose(1,2)
+        fast = x.device.type=='cpu' and hasattr(self.conv_layers[-1], 'layer_norm')
+        return front_end(self, x) if fast else super().forward(x)
 
-def take_frames(model):
-    "Let `model` take frames as well as samples, and freeze its front end; no weight changes"
+def take_frames(model, freeze:bool=True):
+    "Let `model` take frames as well as samples, and `freeze` its front end; no weight changes"
     fe = model.base_model.feature_extractor
     fe.__class__ = FrontEnd
-    model.freeze_feature_encoder()
+    if freeze: model.base_model.freeze_feature_encoder()
     return model
 
 def standardise(audio):
@@ -184,7 +190,7 @@ def quietly():
         hf_logging.set_verbosity(level)
         if bars: hf_logging.enable_progress_bar()
 
-# %% ../nbs/05c_speech_tasks.ipynb #63497525
+# %% ../nbs/05c_speech_tasks.ipynb #fe323cd4
 def load_model(source:str, # folder, hub id, or the name of a shipped source
                labels,     # `Characters` or `Heads`
                random:bool=False, # keep the architecture, draw every weight anew
@@ -197,7 +203,7 @@ def load_model(source:str, # folder, hub id, or the name of a shipped source
     size = dict(vocab_size=len(labels), pad_token_id=0) if ctc else dict(num_labels=len(labels), classifier_proj_size=cfg.hidden_size)
     cfg.update({**size, 'layerdrop':0., **config})
     cls = Wav2Vec2ForCTC if ctc else Wav2Vec2ForSequenceClassification
-    if random: return cls(cfg)
+    if random: return take_frames(cls(cfg), freeze=False)
     with quietly(): model,info = cls.from_pretrained(path, config=cfg, output_loading_info=True)
     lost = [k for k in info['missing_keys'] if not k.startswith(('lm_head','projector','classifier')) and k!='wav2vec2.masked_spec_embed']
     if lost: raise ValueError(f'{source}: {len(lost)} weights are missing, the first is {lost[0]}')
@@ -230,13 +236,13 @@ def read_data(path, task:str, # '' generates the stand-in
         return read_manifest(digits_manifest(digits, Path(cache)/f'digits-{digest(sorted(p.name for p in digits.glob("*.wav")))[:12]}')[task=='speaker'])
     return NATIVE[task](path)
 
-# %% ../nbs/05c_speech_tasks.ipynb #dd46dfaa
+# %% ../nbs/05c_speech_tasks.ipynb #846b3b1f
 class Corpus:
     "A checked manifest `df` with its `frames` (or samples); `hash` says what it holds, `left_out` what was dropped"
     def __init__(self, df, frames, hash, left_out=None): store_attr()
     def part(self, task:Task, split:str)->SpeechDataset:
-        "The rows of `split` with the labels of `task`"
-        if split not in set(self.df.split): split = split.removesuffix('_seen')
+        "The rows of `split` ('train', 'dev' or 'test') with the labels of `task`"
+        split = task.splits(self.df)[['train','dev','test'].index(split)]
         idx = np.flatnonzero(self.df.split==split)
         if not len(idx): raise ValueError(f'{task.name}: the data has no rows of the split {split!r}; it has {", ".join(sorted(set(self.df.split)))}')
         return SpeechDataset(self.df.iloc[idx], [self.frames[i] for i in idx], task.labels(self.df))
@@ -244,7 +250,7 @@ class Corpus:
 def read_audio(df)->tuple:
     "`df` with the column `samples`, and the samples of its rows, each scaled to mean 0 and variance 1"
     audio = [standardise(load_audio(*a)) for a in df.reindex(columns=['audio','start','stop']).itertuples(index=False)]
-    return df.assign(samples=[len(a) for a in audio]),audio
+    return df.assign(samples=[len(a) for a in audio], seconds=[len(a)/RATE for a in audio]),audio
 
 def make_frames(df, source, size:int=32)->dict:
     "Frames of all rows of `df` one after the other, their number in each, and its samples"
@@ -264,20 +270,24 @@ def frame_count(cfg):
         return n
     return frames
 
-# %% ../nbs/05c_speech_tasks.ipynb #f6f5670a
+# %% ../nbs/05c_speech_tasks.ipynb #95385fcd
 def make_corpus(df, task:str, source:str, cache, # folder where frames are kept
                 keep:bool=True,  # compute the front end once; without it the samples are kept and every step computes frames
                 drop:bool=False, # leave bad rows out and say which, instead of raising
                )->Corpus:
     "The `Corpus` of manifest `df` for `task`; frames come from the cache when they are there"
-    path = Path(find_source(source))
-    hash = digest([data_hash(df), hash_files(*sorted(set(df.audio[df.audio.map(os.path.isfile)])), *path.glob('*.safetensors')), source if not path.exists() else ''])
+    path,use = Path(find_source(source)),TASKS[task].splits(df)
+    df = df[df.split.isin({s for t in TASKS.values() for s in t.splits(df)})]
+    hash = digest([data_hash(df), hash_files(*sorted(set(df.audio[df.audio.map(os.path.isfile)])), *path.glob('*.safetensors')), '' if path.exists() else source])
     seen = Path(cache)/f'checked-{task}-{hash[:16]}'                 # every sample was looked at, and all was well
-    df,left = check_manifest(df, task, vocab=set(CHARS.replace('|', ' ')), drop=drop, frames=frame_count(AutoConfig.from_pretrained(path)), read=not seen.exists())
-    if not len(left): write_atomic(seen, '')
-    else: hash = digest([hash, list(df.index)])
+    _,left = check_manifest(df[df.split.isin(use)], task, vocab=set(CHARS.replace('|', ' ')), drop=drop,
+                            frames=frame_count(AutoConfig.from_pretrained(path)), read=not seen.exists())
+    df = df.drop(left.index)
+    if len(left): hash = digest([hash, list(df.index)])
+    else: write_atomic(seen, '')
     if not keep: return Corpus(*read_audio(df), hash, left)
     file = Path(cache)/f'frames-{hash[:16]}.safetensors'
     if not file.exists(): write_atomic(file, save(make_frames(df, source)))
     t = load_file(file)
-    return Corpus(df.assign(samples=t['samples'].numpy()), t['frames'].split(t['lengths'].tolist()), hash, left)
+    n = t['samples'].numpy()
+    return Corpus(df.assign(samples=n, seconds=n/RATE), t['frames'].split(t['lengths'].tolist()), hash, left)

@@ -1,0 +1,45 @@
+"The experiment notebooks as a user runs them: through papermill, at smoke scale, into a folder of their own."
+import json, os, subprocess, sys
+from pathlib import Path
+import pandas as pd, papermill as pm, pytest
+
+root = Path(__file__).parents[1]
+pytest.importorskip('espeakng_loader', reason='generated speech needs the extra `demo`')
+
+@pytest.fixture
+def store(tmp_path, monkeypatch):
+    "Runs and cache in a folder of this test's own; the notebook's process finds the library of this tree"
+    monkeypatch.setenv('CALD_RUNS', str(tmp_path/'runs'))
+    monkeypatch.setenv('PYTHONPATH', os.pathsep.join([str(root), *filter(None, [os.environ.get('PYTHONPATH')])]))
+    return tmp_path
+
+def speech(folder, **params):
+    return pm.execute_notebook(root/'nbs'/'05_speech.ipynb', folder/'05_speech.ipynb', progress_bar=False, kernel_name='python3',
+                               parameters=dict(scale='smoke', tasks=['asr'], modes=['hybrid'], seeds=[0], out=str(folder/'out'), **params))
+
+def test_speech_writes_table_figures_and_provenance_and_trains_once(store):
+    figures = sorted((root/'paper_figures').rglob('*'))
+    speech(store)
+    df = pd.read_csv(store/'out'/'table3.csv')
+    assert set(df['mode'])=={'standard','hybrid'} and set(df.metric)=={'WER','CER'} and (df.n==1).all() and df['mean'].notna().all()
+    prov = json.loads((store/'out'/'table3.json').read_text())
+    assert prov['scale']==['smoke'] and prov['seeds']==[0] and {'commit','environment','device','seconds','csv_sha256'} <= prov.keys()
+    made = {p.name for p in (store/'out').iterdir()}
+    assert made=={f'table3{n}.{e}' for n,es in {'':('csv','md','json'), '_modes':('csv','png','pdf','json'), '_curves':('csv','png','pdf','json')}.items() for e in es}
+    results = {p: p.stat().st_mtime_ns for p in (store/'runs').glob('*/result.json')}
+    assert len(results)==2
+    speech(store)
+    assert {p: p.stat().st_mtime_ns for p in (store/'runs').glob('*/result.json')}==results, 'a finished run was trained again'
+    assert pd.read_csv(store/'out'/'table3.csv').equals(df)
+    assert sorted((root/'paper_figures').rglob('*'))==figures, 'smoke numbers reached paper_figures/'
+
+@pytest.mark.parametrize('wrong,message', [(dict(stepz=3), "did you mean 'steps'"), (dict(drop='yes'), 'parameter drop must be bool')])
+def test_a_wrong_parameter_is_an_error_before_any_work(store, wrong, message):
+    with pytest.raises(pm.PapermillExecutionError, match=message): speech(store, **wrong)
+    assert not list((store/'runs').glob('*/config.json'))
+
+def test_parameters_are_typed_and_described():
+    out = subprocess.run([sys.executable, '-m', 'papermill', '--help-notebook', str(root/'nbs'/'05_speech.ipynb')], capture_output=True, text=True, check=True).stdout
+    for name in 'scale tasks modes seeds source data data_asr data_intent data_speaker drop steps runs out table force retrain'.split():
+        line = next(l for l in out.splitlines() if l.strip().startswith(f'{name}:'))
+        assert 'Unknown type' not in line, line

@@ -1,0 +1,95 @@
+"Speech experiments: what must not change between two ways of doing the same, and what must stop before training."
+import numpy as np, pandas as pd, pytest, soundfile as sf, torch
+from cald.runs import Store, cell, key
+from cald.speech import MODES, TASKS, speech_corpora, speech_grid, smoke_source, standard_run, train_cell
+from cald.speech_data import ManifestError
+from cald.speech_tasks import load_trained, make_corpus, predict, read_data
+
+WORDS = 'one two three four five six seven eight nine'.split()
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory):
+    "A manifest of tones: each word has a pitch, each speaker a level; and the corpora of all tasks"
+    home,rng,rows = tmp_path_factory.mktemp('tones'),np.random.default_rng(0),[]
+    for i in range(36):
+        say = [WORDS[j] for j in rng.integers(len(WORDS), size=2)]
+        t = np.arange(8000+400*(i%5))/16000
+        wave = np.sin(2*np.pi*t*(200+60*WORDS.index(say[0])))*(.2+.2*(i%3))
+        sf.write(home/f'{i}.wav', wave, 16000)
+        rows.append(dict(audio=f'{i}.wav', text=' '.join(say), scenario=say[0][0], action=str(i%2), speaker=f's{i%3}', split=['train','train','dev','test'][i//9]))
+    df = pd.DataFrame(rows)
+    classes = df.scenario.isin(set(df.scenario[df.split=='train']))
+    df[classes].to_csv(home/'manifest.tsv', sep='\t', index=False)
+    source = smoke_source(home)
+    return home,source,speech_corpora(list(TASKS), source, home/'cache', str(home/'manifest.tsv'), scale='smoke')
+
+def train(store, c, corpus):
+    run = store.run(c, corpus.hash)
+    if not run.done:
+        run.start()
+        run.finish(train_cell(c, run, corpus, store))
+    return run
+
+@pytest.mark.parametrize('mode', MODES[1:])
+def test_an_interrupted_run_gives_the_model_of_an_uninterrupted_one(data, tmp_path, mode, monkeypatch):
+    home,source,corpora = data
+    corpus,models = corpora['asr'],[]
+    *_,c = speech_grid(['asr'], [mode], [0], source, 'smoke', steps=4, evals=4)
+    for name,stop in (('straight',None),('cut',2)):
+        store = Store(tmp_path/name)
+        train(store, next(iter(speech_grid(['asr'], [], [0], source, 'smoke', steps=4, evals=4))), corpus)
+        run = store.run(c, corpus.hash)
+        run.start()
+        if stop:
+            from cald import speech
+            class Cut(speech.LogTo):
+                def on_step_begin(self, args, state, control, **kwargs):
+                    if state.global_step==stop: raise SystemExit('cut')
+            with monkeypatch.context() as m:
+                m.setattr(speech, 'LogTo', Cut)
+                with pytest.raises(SystemExit): train_cell(c, run, corpus, store)
+            assert not (run.folder/'model').exists()
+        train_cell(c, run, corpus, store)
+        models.append(load_trained(run.folder/'model'))
+    for (n,p),q in zip(models[0].state_dict().items(), models[1].state_dict().values()): assert torch.equal(p, q), n
+
+def test_every_task_trains_and_its_saved_model_predicts_the_same(data, tmp_path):
+    home,source,corpora = data
+    store = Store(tmp_path)
+    for t,corpus in corpora.items():
+        for c in speech_grid([t], ['target'], [0], source, 'smoke', steps=2): run = train(store, c, corpus)
+        part = corpus.part(TASKS[t], 'test')
+        again = load_trained(run.folder/'model')
+        assert predict(again, part)[0]==predict(load_trained(run.folder/'model'), part)[0]
+        assert type(again).__name__.startswith('Cald') and 0<=run.result[TASKS[t].metric]
+
+def test_a_student_without_its_teacher_says_so(data, tmp_path):
+    home,source,corpora = data
+    with pytest.raises(RuntimeError, match='is not trained yet'):
+        train_cell(cell('asr', source=source, mixer='mamba2', mode='target', scale='smoke'), None, corpora['asr'], Store(tmp_path))
+
+def test_the_teacher_of_a_cell_has_its_own_settings(data, tmp_path):
+    "A guided run of other settings must not be taught by the standard run of the default ones"
+    home,source,corpora = data
+    store = Store(tmp_path)
+    a,b = (cell('asr', source=source, mixer='mamba2', mode='target', scale='smoke', steps=n) for n in (2,3))
+    train(store, speech_grid(['asr'], [], [0], source, 'smoke', steps=2)[0], corpora['asr'])
+    assert standard_run(a, store, corpora['asr']).done
+    with pytest.raises(RuntimeError): standard_run(b, store, corpora['asr'])
+    assert key(a, 'x')!=key(b, 'x')!=key(b, 'y')
+
+@pytest.mark.parametrize('wrong,message', [
+    (dict(text='naïve'), 'characters outside'), (dict(text=''), 'empty'), (dict(text='a very long transcript '*9), 'too short'), (dict(audio='gone.wav'), 'gone.wav')])
+def test_a_bad_row_stops_everything_before_training_and_is_named(data, tmp_path, wrong, message):
+    home,source,_ = data
+    df = pd.read_csv(home/'manifest.tsv', sep='\t', dtype=str)
+    for k,v in wrong.items(): df.loc[3,k] = v
+    df.to_csv(home/'wrong.tsv', sep='\t', index=False)
+    with pytest.raises(ManifestError, match=message) as e: make_corpus(read_data(str(home/'wrong.tsv'), 'asr', tmp_path), 'asr', source, tmp_path)
+    assert 'row 5' in str(e.value)
+    kept = make_corpus(read_data(str(home/'wrong.tsv'), 'asr', tmp_path), 'asr', source, tmp_path, drop=True)
+    assert len(kept.df)==len(df)-1 and len(kept.left_out)==1
+
+def test_data_that_is_not_there(tmp_path):
+    with pytest.raises(FileNotFoundError, match='does not exist'): read_data(str(tmp_path/'none'), 'asr', tmp_path)
+    with pytest.raises(ValueError, match='needs data'): read_data('', 'asr', tmp_path, 'paper')

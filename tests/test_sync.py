@@ -1,0 +1,160 @@
+"Notebooks, library and stored outputs must agree. These tests read the tree and never write to it."
+import csv, json, os, re, shutil, subprocess, sys, zipfile
+from pathlib import Path
+import pytest
+from nbdev.clean import clean_nb
+from nbdev.config import get_config
+
+root = Path(__file__).parents[1]
+nbs = sorted((root/'nbs').glob('*.ipynb'))
+ids = dict(ids=lambda p: p.name)
+
+def cells(f, kind='code'): return [c for c in json.loads(f.read_text(encoding='utf-8'))['cells'] if c['cell_type']==kind]
+def source(c): return ''.join(c['source'])
+def module_of(f): return re.findall(r'^#\|\s*default_exp\s+(\S+)', '\n'.join(map(source, cells(f))), re.M)
+
+def export(nb_folder, to):
+    "Export all notebooks into a copy of the project at `to`; the modules as {path: text}"
+    shutil.copytree(nb_folder, to/'nbs')
+    for f in ('settings.ini','pyproject.toml','README.md'): shutil.copy(root/f, to)
+    (to/'cald').mkdir()
+    shutil.copy(root/'cald/__init__.py', to/'cald') # written by hand; nbdev keeps its version line
+    env = {k:v for k,v in os.environ.items() if k!='IN_TEST'}
+    subprocess.run([sys.executable,'-c','from nbdev.doclinks import nbdev_export; nbdev_export()'], cwd=to, env=env, check=True)
+    return modules(to)
+
+def modules(d): return {p.relative_to(d/'cald').as_posix():p.read_text(encoding='utf-8') for p in sorted((d/'cald').rglob('*.py'))}
+
+def drift(fresh, have):
+    "What differs between the modules that the notebooks export and those in the tree"
+    lost = [f'{k} is not exported by any notebook' for k in have.keys()-fresh.keys()]
+    new = [f'{k} is missing' for k in fresh.keys()-have.keys()]
+    return sorted(lost+new+[f'{k} differs from its notebook' for k in fresh.keys()&have.keys() if fresh[k]!=have[k]])
+
+@pytest.fixture(scope='module')
+def fresh(tmp_path_factory): return export(root/'nbs', tmp_path_factory.mktemp('export'))
+
+def test_library_is_exactly_what_the_notebooks_export(fresh):
+    assert not drift(fresh, modules(root)), 'run nbdev_export'
+
+def test_drift_is_seen(fresh):
+    have = dict(modules(root))
+    have['runs.py'] = have['runs.py'].replace('0.95', '0.94')
+    have['stale.py'] = ''; del have['store.py']
+    assert drift(fresh, have)==['runs.py differs from its notebook', 'stale.py is not exported by any notebook', 'store.py is missing']
+
+def test_each_module_has_one_notebook():
+    names = [m for f in nbs for m in module_of(f)]
+    assert len(names)==len(set(names)), f'exported twice: {sorted({n for n in names if names.count(n)>1})}'
+
+@pytest.mark.parametrize('f', nbs, **ids)
+def test_notebook_is_clean(f):
+    nb = json.loads(f.read_text(encoding='utf-8'))
+    before = json.dumps(nb, sort_keys=True)
+    keys = (get_config().get('allowed_cell_metadata_keys') or '').split()
+    clean_nb(nb, allowed_cell_metadata_keys=keys)
+    assert json.dumps(nb, sort_keys=True)==before, f'{f.name} carries stray metadata; run nbdev_clean'
+
+@pytest.mark.parametrize('f', nbs, **ids)
+def test_notebook_is_small_and_free_of_machine_noise(f):
+    txt = f.read_text(encoding='utf-8')
+    assert len(txt) < 1_000_000, 'too big for GitHub to render comfortably'
+    nb = json.loads(txt)
+    assert nb['metadata']['kernelspec']['name']=='python3'
+    outs = [o for c in nb['cells'] for o in c.get('outputs',[])]
+    assert not any(o['output_type']=='error' for o in outs)
+    text = json.dumps([{**o, 'data':{k:v for k,v in o.get('data', {}).items() if not k.startswith('image/')}} for o in outs])
+    assert not re.search(r'/home/|/Users/|site-packages|it/s[\],]|\d+%\|', text)
+
+@pytest.mark.parametrize('f', nbs, **ids)
+def test_notebook_reads_well(f):
+    code = [source(c) for c in cells(f)]
+    assert not [s[:60] for s in code if s.count('\n')>=50], 'a cell of more than 50 lines'
+    assert sum(bool(re.match(r'#\|\s*hide\b', s)) for s in code)<=1
+    assert not any(re.search(r'\bshow_doc\b', s) for s in code)
+    if f.stem!='index': assert re.match(r'# .+\n\n> .+', source(cells(f, 'markdown')[0])), 'begin with a title and one line that says what it is'
+
+machine = re.compile(r'/work/|/root/|/tmp/|/home/|/Users/') # a path that exists on one machine only
+
+def test_no_path_of_a_machine_in_the_tree():
+    files = [f for d in ('nbs','cald','tests','paper_figures','.ci') for f in (root/d).rglob('*') if f.suffix in {'.py','.ipynb','.md','.json','.csv',''} and f.is_file()]
+    files += [f for f in root.glob('*') if f.is_file() and f.suffix!='.cff' and f.name!='LICENSE']
+    bad = [str(f.relative_to(root)) for f in files if '__pycache__' not in f.parts and '.ipynb_checkpoints' not in f.parts
+           and f!=Path(__file__) and machine.search(text_of(f))]
+    assert not bad
+
+def text_of(f):
+    "The text of file `f`; of a notebook without its images, whose base64 may hold anything"
+    t = f.read_text(encoding='utf-8')
+    return re.sub(r'"image/png": "[^"]*"', '', t) if f.suffix=='.ipynb' else t
+
+def test_readme_is_written_from_index(tmp_path):
+    from cald.runs import write_readme
+    shutil.copytree(root/'nbs', tmp_path/'nbs', ignore=lambda d, fs: [f for f in fs if f!='index.ipynb'])
+    write_readme(tmp_path/'nbs/index.ipynb', tmp_path/'README.md')
+    assert (tmp_path/'README.md').read_text(encoding='utf-8')==(root/'README.md').read_text(encoding='utf-8'), 'run cald.runs.write_readme'
+
+def test_readme_names_only_files_and_targets_that_exist():
+    text = (root/'README.md').read_text(encoding='utf-8')
+    links = [m for m in re.findall(r'\]\(([^)#\s]+)\)', text) if not re.match(r'[a-z]+:', m)]
+    assert not [m for m in links if not (root/m).exists()]
+    targets = set(re.findall(r'^(\w[\w-]*):', (root/'Makefile').read_text(encoding='utf-8'), re.M))
+    assert set(re.findall(r'`make (\w+)', text))<=targets
+
+def measured():
+    "Every number of the CSV files of results"
+    for f in [*(root/'paper_figures').glob('*.csv'), *(root/'cald/data').glob('*.csv')]:
+        for row in csv.reader(f.open(encoding='utf-8')):
+            for cell in row:
+                for v in re.findall(r'-?\d+\.?\d*(?:e-?\d+)?', cell): yield float(v)
+
+def unsupported(text, known):
+    "Percentages and decimals in the prose and tables of `text` that no CSV holds, to the digits that are given"
+    prose = re.sub(r'```.*?```|`[^`]*`|\]\([^)]*\)|<!--.*?-->|\b(?:Python|torch|transformers|nbdev|arXiv|Apache)[ :-][\d.]+', ' ', text, flags=re.S)
+    said = re.findall(r'(?<![\w.:-])(\d+\.\d+|\d+(?= ?%))(?![\w.]*\w)', prose)
+    def held(s):
+        d = len(s.partition('.')[2])
+        return any(abs(float(s)-k)<=.5000001*10**-d for v in known for k in (v, 100*v))
+    return [s for s in said if s not in {'95'} and not held(s)]
+
+def test_numbers_in_readme_stand_in_a_csv():
+    assert not unsupported((root/'README.md').read_text(encoding='utf-8'), list(measured()))
+
+def test_a_number_without_a_csv_is_seen():
+    assert unsupported('WER 12.3 %, 3.10 times faster, on Python 3.10', [12.28])==['3.10']
+    assert unsupported('| target | 91.4 | `0.5` |', [.9142])==[]
+    assert unsupported('an accuracy of 97 %', [96.2])==['97']
+
+def test_csv_of_results_is_the_one_of_its_provenance():
+    import hashlib
+    for f in (root/'paper_figures').glob('*.csv'):
+        prov = json.loads(f.with_suffix('.json').read_text(encoding='utf-8'))
+        assert hashlib.sha256(f.read_bytes()).hexdigest()==prov['csv_sha256'], f'{f.name} was edited after {f.stem}.json'
+        assert 'smoke' not in prov['scale']
+
+def python(code, cwd, **env):
+    return subprocess.run([sys.executable,'-c',code], cwd=cwd, env={**os.environ, 'PYTHONPATH':str(root), **env}, capture_output=True, text=True)
+
+def test_imports_without_nbdev_or_mamba_ssm(tmp_path):
+    names = [f'cald.{m}' for f in nbs for m in module_of(f)]
+    code = f'''
+import importlib, sys
+class Absent:
+    def find_spec(self, name, *a):
+        if name.split('.')[0] in ('nbdev','execnb','mamba_ssm','causal_conv1d','pytest'): raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Absent())
+for m in {names}: importlib.import_module(m)
+print(len({names}))'''
+    r = python(code, tmp_path)
+    assert r.returncode==0, r.stderr
+    assert r.stdout.split()[-1]==str(len(names))
+
+def test_wheel_holds_library_checkpoints_and_data(tmp_path):
+    src = tmp_path/'src'; src.mkdir()
+    shutil.copytree(root/'cald', src/'cald', ignore=shutil.ignore_patterns('__pycache__'))
+    for f in ('settings.ini','setup.py','pyproject.toml','MANIFEST.in','README.md','LICENSE','CITATION.cff'): shutil.copy(root/f, src)
+    subprocess.run([sys.executable,'-m','pip','wheel','-q','--no-deps','--no-build-isolation','-w',str(tmp_path),str(src)], check=True)
+    names = set(zipfile.ZipFile(next(tmp_path.glob('*.whl'))).namelist())
+    for f in (root/'cald').rglob('*'):
+        if f.is_file() and '__pycache__' not in f.parts: assert f.relative_to(root).as_posix() in names, f'{f.name} is not in the wheel'
+    assert not [n for n in names if n.endswith('.ipynb') or n.startswith(('tests/','nbs/'))]
