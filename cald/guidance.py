@@ -201,26 +201,29 @@ def _detached(out):
     elif logits is not None: logits = logits.detach()
     return ModelOutput(logits=logits, hidden_states=tuple(h.detach() for h in out.hidden_states))
 
-# %% ../nbs/02_guidance.ipynb #9d3b4d23
+# %% ../nbs/02_guidance.ipynb #42d52737
 @contextmanager
 def all_states(model):
-    "Gives a function that completes the hidden states of an output made within: a layer that LayerDrop skips hands on its input"
-    if not (model.training and getattr(model.config, 'layerdrop', 0)):
+    "Gives a function that puts right the hidden states of an output made within: what LayerDrop skips, and the last one of a Wav2Vec2"
+    if not hasattr(model.config, 'layerdrop'):
         yield lambda out: out
         return
     enc,got = model.base_model.encoder,{}
+    n = len(enc.layers)
+    modules = {n+1: enc}
+    if model.training and model.config.layerdrop: modules |= dict(enumerate([enc.dropout, *enc.layers]))
     def keep(i): return lambda module,args,out: got.__setitem__(i, out if isinstance(out, Tensor) else out[0])
-    hooks = [m.register_forward_hook(keep(i)) for i,m in enumerate([enc.dropout, *enc.layers, enc])]
+    hooks = [m.register_forward_hook(keep(i)) for i,m in modules.items()]
     def fill(out):
-        hs = [got[0]]
-        for i in range(1, len(enc.layers)+1): hs.append(got.get(i, hs[-1]))
-        out.hidden_states = (*hs[:-1], got[len(enc.layers)+1])
+        hs = [got[0]] if len(modules)>1 else list(out.hidden_states)
+        for i in range(len(hs), n+1): hs.append(got.get(i, hs[-1]))
+        out.hidden_states = (*hs[:-1], got[n+1])
         return out
     try: yield fill
     finally:
         for h in hooks: h.remove()
 
-# %% ../nbs/02_guidance.ipynb #6ed78967
+# %% ../nbs/02_guidance.ipynb #2d1951ff
 @torch.no_grad()
 def run_teacher(teacher,          # a model with hidden states
                 batch:dict,
@@ -230,8 +233,9 @@ def run_teacher(teacher,          # a model with hidden states
     "What `teacher` makes of `batch`"
     if teacher.training!=train_mode: teacher.train(train_mode)
     inputs = _inputs(teacher, batch)
-    if not train_mode: return _detached(teacher(**inputs))
-    with own_rng('teacher', *key), all_states(teacher) as fill: return _detached(fill(teacher(**inputs)))
+    with all_states(teacher) as fill:
+        if not train_mode: return _detached(fill(teacher(**inputs)))
+        with own_rng('teacher', *key): return _detached(fill(teacher(**inputs)))
 
 # %% ../nbs/02_guidance.ipynb #88a92dcf
 class Target(Guidance):

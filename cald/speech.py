@@ -51,15 +51,15 @@ class Recipe:
     random:bool=False      # start from random weights, with the front end trained too
     keep_frames:bool=True  # compute the front end once
 
-# %% ../nbs/05_speech.ipynb #35db171a
-_demo = dict(batch=16, lr=1e-3, lr_student=1e-3, alpha=1.)
+# %% ../nbs/05_speech.ipynb #94af5815
+_demo = dict(batch=16, lr=2e-3, lr_student=2e-3, alpha=1., dropout=0., evals=5)
 _smoke = dict(steps=4, batch=4, lr=1e-3, lr_student=1e-3, alpha=1., evals=2, d_state=8, headdim=8)
 _paper = dict(steps=90_000, lr=3e-4, lr_student=3e-4, evals=9, warmup=5/90, decay='exponential', floor=5e-3, dropout=.2, mask_time=.1,
               loss='paper-speech', teacher_train=True, d_state=128, headdim=64, bf16=True, keep_frames=False)
 
-for _t,_d,_p in (('asr',     dict(steps=600, until=40/90), dict(batch=18, accumulate=4, alpha=15., alpha_output=1., until=40/90)),
-                 ('intent',  dict(steps=400, until=30/90), dict(batch=36, accumulate=2, alpha=15., until=30/90)),
-                 ('speaker', dict(steps=400, until=50/90), dict(batch=18, accumulate=4, alpha=30., until=50/90))):
+for _t,_d,_p in (('asr',     dict(steps=400, until=40/90), dict(batch=18, accumulate=4, alpha=15., alpha_output=1., until=40/90)),
+                 ('intent',  dict(steps=250, until=30/90), dict(batch=36, accumulate=2, alpha=15., until=30/90)),
+                 ('speaker', dict(steps=300, until=50/90), dict(batch=18, accumulate=4, alpha=30., until=50/90))):
     scale_settings(_t, **{k: asdict(Recipe(**v)) for k,v in dict(smoke=_smoke, demo={**_demo,**_d}, paper={**_paper,**_p}).items()})
 
 SOURCES = dict(demo='wav2vec2-demo', paper='facebook/wav2vec2-large-lv60')

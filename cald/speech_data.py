@@ -33,10 +33,11 @@ def load_audio(path,
         f.seek(a)
         return to_rate(f.read(n, dtype='float32'), f.samplerate)
 
-# %% ../nbs/05a_speech_data.ipynb #8dc1b238
+# %% ../nbs/05a_speech_data.ipynb #c1e7c756
 COLUMNS = 'id audio text scenario action speaker split seconds start stop where'.split()
 NUMBERS = 'seconds start stop'.split()
-SPLITS = dict(train='train', training='train', dev='dev', devel='dev', valid='dev', validation='dev', test='test', dev_seen='dev_seen', test_seen='test_seen')
+SPLITS = dict(train='train', training='train', dev='dev', devel='dev', valid='dev', validation='dev', test='test',
+              dev_seen='dev_seen', test_seen='test_seen')
 
 class ManifestError(ValueError):
     "Rows that cannot be used: `problems` has their `where`, `audio` and `problem`"
@@ -85,7 +86,7 @@ def split_at_random(n:int, seed:int=0)->list:
     cut[order[:n//10]],cut[order[n//10:2*(n//10)]] = 'dev','test'
     return list(cut)
 
-# %% ../nbs/05a_speech_data.ipynb #80311f35
+# %% ../nbs/05a_speech_data.ipynb #aaf443f1
 def read_manifest(path,                  # .tsv, .csv or .jsonl, or .gz of one
                   prepare:Callable=None, # function of a transcript, such as `str.lower`
                  )->pd.DataFrame:
@@ -95,7 +96,8 @@ def read_manifest(path,                  # .tsv, .csv or .jsonl, or .gz of one
     have = set().union(*rows) if rows else set()
     if not rows: raise ManifestError(f"{path} has no rows")
     if 'audio' not in have or not have & {'text','intent','scenario','speaker'}:
-        raise ManifestError(f"{path} has the columns {', '.join(sorted(have-{'where'}))}: `audio` is needed, and `text`, `intent` or `speaker`")
+        columns = ', '.join(sorted(have-{'where'}))
+        raise ManifestError(f"{path} has the columns {columns}: `audio` is needed, and `text`, `intent` or `speaker`")
     for r in rows:
         r['audio'] = str(path.parent/str(r['audio'])) if r.get('audio') else ''
         if r.get('intent') and not r.get('scenario'): r['scenario'],_,r['action'] = str(r['intent']).partition('_')

@@ -23,11 +23,12 @@ from transformers import AutoConfig,AutoModelForAudioClassification,AutoModelFor
 from transformers.models.wav2vec2.modeling_wav2vec2 import Wav2Vec2FeatureEncoder
 from transformers.utils import logging as hf_logging
 
-# %% ../nbs/05c_speech_tasks.ipynb #578864fe
+# %% ../nbs/05c_speech_tasks.ipynb #2b64b439
 from .corpora import digit_files,digits_manifest,read_slurp,read_tedlium,read_voxceleb
 from .runs import check_name,digest,hash_files,write_atomic
 from .sources import front_end,shipped
-from .speech_data import RATE,check_manifest,data_hash,generate,load_audio,read_manifest
+from .speech_data import check_manifest,data_hash,generate,load_audio,read_manifest
+from .voices import RATE
 
 # %% ../nbs/05c_speech_tasks.ipynb #b589d9a8
 CHARS = "|abcdefghijklmnopqrstuvwxyz'"

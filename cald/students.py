@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['MIXERS', 'LOAD_HINT', 'FAMILIES', 'Mixed', 'packed', 'MixedLinformer', 'Family', 'fit_headdim', 'mixer_args',
-           'make_mixers', 'ConvertedConfig', 'Converted', 'put', 'register', 'register_head']
+           'make_mixers', 'ConvertedConfig', 'put', 'returned', 'check_loaded', 'Converted', 'register',
+           'register_head']
 
-# %% ../nbs/00b_students.ipynb #b8968635
+# %% ../nbs/00b_students.ipynb #1867bb9a
 import json,sys
 from contextvars import ContextVar
 from dataclasses import dataclass,field
 from inspect import signature
+from typing import get_args
 
 import torch
 import transformers
@@ -18,14 +20,15 @@ from torch import nn
 
 from .mixers import Bidirectional,LinformerProjection,Mamba,Mamba2,linformer_attention,padding_mask
 
-# %% ../nbs/00b_students.ipynb #247dea75
+# %% ../nbs/00b_students.ipynb #fec1361f
 class Mixed(nn.Module):
     "A mixer in the place of an attention module: called as the layer calls that, returns what the layer expects"
     def __init__(self, mixer:nn.Module, # maps (batch, length, d_model), mask to (batch, length, d_model)
                  config,                # of the model
-                 where:str):            # name of the attention module in the model
+                 where:str,             # name of the attention module in the model
+                 outputs:int=2):        # how many values the layer expects: the first is ours, the others None
         super().__init__()
-        self.mixer,self.config,self.where = mixer,config,where
+        self.mixer,self.config,self.where,self.outputs = mixer,config,where,outputs
 
     def forward(self, hidden_states, attention_mask=None, output_attentions=None, layer_past=None, past_key_values=None,
                 encoder_hidden_states=None, **kwargs):
@@ -35,7 +38,7 @@ class Mixed(nn.Module):
         if self.config.output_attentions if output_attentions is None else output_attentions:
             refuse('attention weights: call the model without output_attentions')
         if packed(attention_mask): refuse('way to keep packed sequences apart')
-        return self.mix(hidden_states, padding_mask(attention_mask, *hidden_states.shape[:2])),None
+        return self.mix(hidden_states, padding_mask(attention_mask, *hidden_states.shape[:2])),*[None]*(self.outputs-1)
 
     def mix(self, x, mask): return self.mixer(x, mask)
 
@@ -43,14 +46,14 @@ def packed(mask)->bool:
     "Does `mask` (batch, heads, queries, keys) keep tokens from the last one that others may see, as when one row holds several texts?"
     return mask is not None and mask.ndim==4 and not torch.equal(mask.diagonal(dim1=2, dim2=3), mask[:,:,-1])
 
-# %% ../nbs/00b_students.ipynb #292e361f
+# %% ../nbs/00b_students.ipynb #a3548f3c
 class MixedLinformer(Mixed):
     "Linformer attention with the projections of `old`, under the same names; only `mixer` is new"
-    def __init__(self, mixer, config, where,
+    def __init__(self, mixer, config, where, outputs,
                  old:nn.Module,  # attention module
                  names:tuple,    # of its query, key, value and, if it has one, output projection
                  dropout:float): # of the attention weights
-        super().__init__(mixer, config, where)
+        super().__init__(mixer, config, where, outputs)
         self.names,self.dropout = names,dropout
         for n in names: setattr(self, n, getattr(old, n))
 
@@ -80,13 +83,12 @@ class Family:
         prefix = '' if base is model else f'{model.base_model_prefix}.'
         return [f'{prefix}{self.layers}.{i}.{self.attention}' for i in range(len(base.get_submodule(self.layers)))]
 
-# %% ../nbs/00b_students.ipynb #cde0ce3c
+# %% ../nbs/00b_students.ipynb #2a953957
 MIXERS = ('mamba2','mamba','linformer','identity')
 _classes = dict(mamba2=Mamba2, mamba=Mamba)
 
-def fit_headdim(d_inner:int, # inner width of the mixer
-                most:int=64)->int:
-    "The largest divisor of `d_inner` up to `most`"
+def fit_headdim(d_inner:int, most:int=64)->int:
+    "The largest divisor of the inner width `d_inner` up to `most`"
     return next(h for h in range(min(most, d_inner), 0, -1) if d_inner%h==0)
 
 def _known(to, family, config):
@@ -143,7 +145,28 @@ class ConvertedConfig:
         d = {**json.loads(self.to_json_string(use_diff=use_diff)), 'transformers_weights':LOAD_HINT}
         with open(json_file_path, 'w', encoding='utf-8') as f: f.write(json.dumps(d, indent=2, sort_keys=True)+'\n')
 
-# %% ../nbs/00b_students.ipynb #5c67359f
+# %% ../nbs/00b_students.ipynb #07fad220
+def put(model, name:str, value):
+    "Set the module, parameter or buffer `name` of `model`"
+    parent,_,leaf = name.rpartition('.')
+    setattr(model.get_submodule(parent), leaf, value)
+
+def returned(attention:nn.Module)->int:
+    "How many values `attention` returns, by its annotation; two if that does not say"
+    return max(2, len(get_args(signature(attention.forward).return_annotation)))
+
+def check_loaded(info:dict, # `output_loading_info` of transformers
+                 spec:dict, # `config.cald`
+                 path):
+    "ValueError if the layers have weights that were not in the folder `path`, or the folder has others"
+    layers = f'{FAMILIES[spec["family"]].layers}.'
+    for what in ('missing','unexpected','mismatched'):
+        bad = [k if isinstance(k, str) else k[0] for k in info[f'{what}_keys']]
+        if bad := sorted(k for k in bad if layers in k):
+            raise ValueError(f'{path}: {len(bad)} {what} weights in the layers, such as {bad[0]}: '
+                             f'the weights are not those of the {spec["to"]} model that the configuration describes')
+
+# %% ../nbs/00b_students.ipynb #faa280c0
 class Converted:
     "Comes before the source's model class: replaces attention in `__init__`, and loads no layer that is not in the folder"
     def __init__(self, config, *args, **kwargs):
@@ -153,7 +176,8 @@ class Converted:
         family = FAMILIES[config.cald['family']]
         names,mixers = family.attentions(self),make_mixers(config, family.causal)
         for i,mixer in zip(config.cald['layers'], mixers):
-            old,args = self.get_submodule(names[i]),(mixer, config, names[i])
+            old = self.get_submodule(names[i])
+            args = mixer,config,names[i],returned(old)
             if config.cald['to']!='linformer': new = Mixed(*args)
             else: new = MixedLinformer(*args, old, family.projections, getattr(config, family.dropout))
             put(self, names[i], new)
@@ -185,18 +209,8 @@ class Converted:
         token = _loading.set(True)
         try: model,info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         finally: _loading.reset(token)
-        spec = model.config.cald
-        for what in ('missing','unexpected','mismatched'):
-            bad = sorted(k if isinstance(k, str) else k[0] for k in info[f'{what}_keys'])
-            if bad := [k for k in bad if f'{FAMILIES[spec["family"]].layers}.' in k]:
-                raise ValueError(f'{pretrained_model_name_or_path}: {len(bad)} {what} weights in the layers, such as {bad[0]}: '
-                                 f'the weights are not those of the {spec["to"]} model that the configuration describes')
+        check_loaded(info, model.config.cald, pretrained_model_name_or_path)
         return (model,info) if output_loading_info else model
-
-def put(model, name, value):
-    "Set the module, parameter or buffer `name` of `model`"
-    parent,_,leaf = name.rpartition('.')
-    setattr(model.get_submodule(parent), leaf, value)
 
 # %% ../nbs/00b_students.ipynb #8ec0ea94
 FAMILIES = {}

@@ -192,7 +192,7 @@ def write_shard(path:str, voice:list, # accent, variant and pitch
     os.replace(tmp, path)
     return [(int(b-len(w)), int(b)) for w,b in zip(waves, ends)],hashlib.sha256(np.concatenate(waves).tobytes()).hexdigest()
 
-# %% ../nbs/04d_voices.ipynb #af00b601
+# %% ../nbs/04d_voices.ipynb #65ca7cf2
 WORKER = """import importlib.util,json,sys
 spec = importlib.util.spec_from_file_location('speech_worker', sys.argv[1])
 module = sys.modules['speech_worker'] = importlib.util.module_from_spec(spec)
@@ -201,7 +201,7 @@ for line in sys.stdin: print(json.dumps(module.write_shard(*json.loads(line))), 
 
 def serve(module:str, jobs:list, todo:queue.SimpleQueue, results:list, errors:list):
     "Let one process do jobs until none is left to do or one has failed"
-    p = subprocess.Popen([sys.executable, '-c', WORKER, module], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    p = subprocess.Popen([sys.executable, '-c', WORKER, module], text=True, **{s: subprocess.PIPE for s in ('stdin','stdout','stderr')})
     try:
         while not errors:
             try: i = todo.get_nowait()

@@ -194,12 +194,12 @@ def test_what_a_student_has_not_is_refused():
 @pytest.mark.parametrize('layers', [None,[0],[2]])
 def test_generate_is_the_greedy_loop(layers, tmp_path):
     s = student('lm', 'mamba', layers=layers)
-    s.generation_config.max_new_tokens = 4
     s.save_pretrained(tmp_path)
-    x = inputs('lm', (9,5), left=True)
-    for m in (s,AutoModelForCausalLM.from_pretrained(tmp_path)):
+    x,config = inputs('lm', (9,5), left=True),copy.deepcopy(s.config)
+    config.use_cache = True
+    for m in (s,AutoModelForCausalLM.from_pretrained(tmp_path),type(s)(config).eval()):
         assert m.config.use_cache is False and m.generation_config.use_cache is False
-        out = m.generate(**x, do_sample=False, pad_token_id=0)
+        out = m.generate(**x, do_sample=False, pad_token_id=0, max_new_tokens=4)
         for i,n in enumerate((9,5)):
             ids = x['input_ids'][i:i+1,-n:]
             for _ in range(4): ids = torch.cat([ids, run(m, dict(input_ids=ids))[0][:,-1:].argmax(-1)], 1)

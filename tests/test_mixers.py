@@ -17,13 +17,13 @@ f64 = torch.float64
 @pytest.fixture(autouse=True)
 def seed(): torch.manual_seed(0)
 
-def ssd_inputs(b=2, l=10, h=4, p=3, g=2, n=5, fade=1., dtype=f64):
-    x,dt,A,B,C,D = (torch.randn(s, dtype=f64) for s in [(b,l,h,p),(b,l,h),(h,),(b,l,g,n),(b,l,g,n),(h,)])
-    return [t.to(dtype) for t in (x, F.softplus(dt-2), -fade*(1+15*A.sigmoid()), B, C, D)]
+def ssd_inputs(b=2, l=10, h=4, p=3, g=2, n=5, fade=1., dt=2, dtype=f64):
+    x,t,A,B,C,D = (torch.randn(s, dtype=f64) for s in [(b,l,h,p),(b,l,h),(h,),(b,l,g,n),(b,l,g,n),(h,)])
+    return [t.to(dtype) for t in (x, F.softplus(t-dt), -fade*(1+15*A.sigmoid()), B, C, D)]
 
-def scan_inputs(b=2, l=10, d=6, n=4, fade=1., dtype=f64):
-    u,dt,A,B,C,D = (torch.randn(s, dtype=f64) for s in [(b,l,d),(b,l,d),(d,n),(b,l,n),(b,l,n),(d,)])
-    return [t.to(dtype) for t in (u, F.softplus(dt-2), -fade*(1+15*A.sigmoid()), B, C, D)]
+def scan_inputs(b=2, l=10, d=6, n=4, fade=1., dt=2, dtype=f64):
+    u,t,A,B,C,D = (torch.randn(s, dtype=f64) for s in [(b,l,d),(b,l,d),(d,n),(b,l,n),(b,l,n),(d,)])
+    return [t.to(dtype) for t in (u, F.softplus(t-dt), -fade*(1+15*A.sigmoid()), B, C, D)]
 
 SCANS = dict(ssd=(ssd, ssd_recurrence, ssd_inputs, (2,4,3,5)), scan=(selective_scan, selective_scan_recurrence, scan_inputs, (2,6,4)))
 scans = pytest.mark.parametrize('name', SCANS)
@@ -58,8 +58,9 @@ def test_any_chunk_will_do(name, chunk): same_as_recurrence(name, 11, chunk=chun
 @scans
 @pytest.mark.parametrize('l', LENGTHS)
 def test_float32_keeps_its_digits(name, l):
+    "With steps as they are when training starts; those of the tests above are ten times as long"
     fast,slow,make,_ = SCANS[name]
-    a = [t.requires_grad_() for t in make(l=l, dtype=torch.float32)]
+    a = [t.requires_grad_() for t in make(l=l, dt=4, dtype=torch.float32)]
     d = [t.detach().double().requires_grad_() for t in a]
     (y,S),(y64,S64) = fast(*a),slow(*d)
     assert rms(y, y64)<1e-6 and rms(S, S64)<1e-6
@@ -182,7 +183,8 @@ def test_the_kernels_get_what_they_expect(monkeypatch, name):
     a,state = make(l=9, dtype=torch.float32),torch.randn(shape)
     want = [fast(*a),fast(*a, state)]
     called = []
-    fake = SimpleNamespace(ssd=lambda *a, **k: called.append('ssd') or kernel_ssd(*a, **k), scan=lambda *a, **k: called.append('scan') or kernel_scan(*a, **k))
+    def counted(name, f): return lambda *a, **k: called.append(name) or f(*a, **k)
+    fake = SimpleNamespace(ssd=counted('ssd', kernel_ssd), scan=counted('scan', kernel_scan))
     monkeypatch.setattr(mixers, 'kernels', lambda: fake)
     monkeypatch.setattr(mixers, 'backend', lambda device: 'mamba_ssm')
     got = [fast(*a),fast(*a, state)]
@@ -317,13 +319,13 @@ def test_conv_is_conv1d_and_continues():
 # Names and shapes as `mamba_ssm` 2.3.2 builds them (mamba_ssm/modules/mamba2.py and mamba_simple.py), which cannot be imported without CUDA
 def mamba2_shapes(d, n, e, h, g, w):
     inner = e*d
-    return {'dt_bias':(inner//h,), 'A_log':(inner//h,), 'D':(inner//h,), 'in_proj.weight':(2*inner+2*g*n+inner//h, d), 'conv1d.weight':(inner+2*g*n, 1, w),
-            'conv1d.bias':(inner+2*g*n,), 'norm.weight':(inner,), 'out_proj.weight':(d, inner)}
+    return {'dt_bias':(inner//h,), 'A_log':(inner//h,), 'D':(inner//h,), 'in_proj.weight':(2*inner+2*g*n+inner//h, d),
+            'conv1d.weight':(inner+2*g*n, 1, w), 'conv1d.bias':(inner+2*g*n,), 'norm.weight':(inner,), 'out_proj.weight':(d, inner)}
 
 def mamba_shapes(d, n, e, w):
     inner,rank = e*d,math.ceil(d/16)
-    return {'A_log':(inner,n), 'D':(inner,), 'in_proj.weight':(2*inner,d), 'conv1d.weight':(inner,1,w), 'conv1d.bias':(inner,), 'x_proj.weight':(rank+2*n,inner),
-            'dt_proj.weight':(inner,rank), 'dt_proj.bias':(inner,), 'out_proj.weight':(d,inner)}
+    return {'A_log':(inner,n), 'D':(inner,), 'in_proj.weight':(2*inner,d), 'conv1d.weight':(inner,1,w), 'conv1d.bias':(inner,),
+            'x_proj.weight':(rank+2*n,inner), 'dt_proj.weight':(inner,rank), 'dt_proj.bias':(inner,), 'out_proj.weight':(d,inner)}
 
 def shapes(m): return {n: tuple(p.shape) for n,p in m.named_parameters()}
 
@@ -332,7 +334,7 @@ def test_names_and_shapes_are_mamba_ssms():
     assert shapes(Mamba2(96, d_state=16, d_conv=3, expand=1, headdim=24, ngroups=2))==mamba2_shapes(96, 16, 1, 24, 2, 3)
     assert shapes(Mamba(72))==mamba_shapes(72, 16, 2, 4)
     assert set(shapes(Mamba2(64, bias=True)))-set(shapes(Mamba2(64)))=={'in_proj.bias','out_proj.bias'}
-    paper = Mamba2(1024, expand=1)  # section 2 of the speech experiments: two of these in a layer
+    paper = Mamba2(1024, expand=1)  # of Table 3: two of these in a layer
     assert shapes(paper)==mamba2_shapes(1024, 128, 1, 64, 1, 4) and paper.nheads==16
 
 def test_starting_values_are_mamba_ssms():
@@ -365,7 +367,8 @@ def test_marks_against_weight_decay(cls, names):
 def test_as_transformers_mamba2_with_the_same_weights():
     mod = pytest.importorskip('transformers.models.mamba2.modeling_mamba2')
     from transformers import Mamba2Config
-    theirs = mod.Mamba2Mixer(Mamba2Config(hidden_size=32, expand=2, head_dim=16, num_heads=4, state_size=8, n_groups=1, conv_kernel=4, chunk_size=16), 0)
+    sizes = dict(hidden_size=32, expand=2, head_dim=16, num_heads=4, state_size=8, n_groups=1, conv_kernel=4, chunk_size=16)
+    theirs = mod.Mamba2Mixer(Mamba2Config(**sizes), 0)
     ours,x = Mamba2(32, d_state=8, headdim=16),torch.randn(2, 41, 32)
     theirs.load_state_dict(ours.state_dict(), strict=True)
     mask = torch.arange(41)<torch.tensor([41,23])[:,None]

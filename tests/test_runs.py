@@ -1,5 +1,5 @@
 "The run store and its tables: what needs other processes, kills, faults, or many cases"
-import ast, hashlib, json, os, re, signal, subprocess, sys, textwrap, time
+import ast, hashlib, json, multiprocessing, os, re, socket, time
 from dataclasses import fields, replace
 from pathlib import Path
 import numpy as np, pandas as pd, pytest
@@ -14,10 +14,21 @@ def toy(monkeypatch):
     monkeypatch.setitem(store.SETTINGS, 'toy', {s:dict(base) for s in SCALES})
     return cell('toy', source='a', mixer='mamba2', mode='target', seed=1)
 
-def launch(code, *args, **env):
-    code = 'from cald.runs import *\nimport os, sys, time\n'+textwrap.dedent(code)
-    return subprocess.Popen([sys.executable,'-c',code,*map(str, args)], text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                            env={**os.environ, 'PYTHONPATH':str(root), 'OMP_NUM_THREADS':'1', **env})
+# One process imports the library once and forks the others, which start in no time
+ctx = multiprocessing.get_context('forkserver')
+ctx.set_forkserver_preload(['cald.runs'])
+
+def child(fn, args, env):
+    os.environ.update(env)
+    fn(*args)
+
+def launch(fn, *args, **env):
+    p = ctx.Process(target=child, args=(fn, args, env)); p.start()
+    return p
+
+def finish(*ps):
+    for p in ps: p.join(timeout=120)
+    assert [p.exitcode for p in ps]==[0]*len(ps)
 
 # --- the key ---
 
@@ -41,13 +52,17 @@ def test_key_changes_with_every_override_and_every_setting_of_the_scale(toy, mon
     monkeypatch.setitem(store.SETTINGS, 'toy', {s:{**base, name:other(other(base[name])) if not isinstance(base[name], bool) else None} for s in SCALES})
     assert len({*keys, key(toy, 'h')})==3
 
-def test_key_does_not_depend_on_order_process_or_how_the_default_is_spelt(toy):
+def test_key_does_not_depend_on_order_process_or_how_the_default_is_spelt(toy, tmp_path):
     kw = dict(source='a', mixer='mamba2', mode='target', seed=1)
     a,b = cell('toy', **kw, steps=3, lr=.1),cell('toy', lr=.1, steps=3, **kw)
     assert a==b and key(a, 'h')==key(b, 'h')
     assert key(cell('toy', **kw, steps=base['steps'], lr=None), 'h')==key(toy, 'h')
-    code = f"SETTINGS = scale_settings('toy', demo={base}); print(key(cell('toy', source='a', mixer='mamba2', mode='target', seed=1), 'h'))"
-    assert launch(code, PYTHONHASHSEED='7').communicate()[0].strip()==key(toy, 'h')
+    finish(launch(write_key, kw, tmp_path/'key'))
+    assert (tmp_path/'key').read_text()==key(toy, 'h')
+
+def write_key(kw, file):
+    scale_settings('toy', demo=dict(base))
+    file.write_text(key(cell('toy', **kw), 'h'))
 
 def test_numbers_of_numpy_do_not_make_another_key(toy):
     assert key(replace(toy, seed=np.int64(1)), 'h')==key(toy, 'h')
@@ -61,14 +76,13 @@ def test_unknown_settings_and_incomplete_scales_are_errors(toy):
 
 # --- kills and several processes ---
 
-worker = '''
-def fn(c, run):
-    seen = run.metrics()
-    for s in range(0 if seen.empty else int(seen.step.max())+1, 8):
-        run.log(step=s, who=sys.argv[2]); time.sleep(.04)
-    return dict(who=sys.argv[2])
-train_missing(grid(task='t', seed=[0,1,2]), fn, Store(sys.argv[1]), 'h', poll=.05)
-'''
+def share(root, who):
+    def fn(c, run):
+        seen = run.metrics()
+        for s in range(0 if seen.empty else int(seen.step.max())+1, 8):
+            run.log(step=s, who=who); time.sleep(.04)
+        return dict(who=who)
+    train_missing(grid(task='t', seed=[0,1,2]), fn, Store(root), 'h', poll=.05)
 
 def wait_for(test, seconds=60):
     end = time.monotonic()+seconds
@@ -77,47 +91,40 @@ def wait_for(test, seconds=60):
         time.sleep(.02)
 
 def test_killed_run_is_taken_over_and_resumed(tmp_path):
-    st,p = Store(tmp_path),launch(worker, tmp_path, 'first')
+    st,p = Store(tmp_path),launch(share, tmp_path, 'first')
     r = st.run(cell('t', seed=0), 'h')
     wait_for(lambda: len(r.metrics())>=3)
-    assert r.owner()==f'process {p.pid} on {runs_host()}' and list(st.status().state)==['running']
-    p.send_signal(signal.SIGKILL); p.wait()
+    assert r.owner()==f'process {p.pid} on {socket.gethostname()}' and list(st.status().state)==['running']
+    p.kill(); p.join() # SIGKILL
     assert r.owner() is None and list(st.status().state)==['unfinished'] and not r.done
     with open(r.folder/'metrics.jsonl', 'ab') as f: f.write(b'{"step": 3, "wh') # torn by the kill
     kept = len(r.metrics())
-    p = launch(worker, tmp_path, 'second')
-    assert p.wait()==0, p.stdout.read()
+    finish(launch(share, tmp_path, 'second'))
     assert list(r.metrics().step)==list(range(8))
     assert list(r.metrics().who)==['first']*kept+['second']*(8-kept)
     assert len(r.sessions)==2 and r.result==dict(who='second')
     assert r.record['seconds']>=r.metrics().seconds.max()
 
-def runs_host():
-    import socket
-    return socket.gethostname()
-
 def test_several_processes_share_a_grid_and_train_each_run_once(tmp_path):
-    ps = [launch(worker, tmp_path, w) for w in 'ab']
-    assert [p.wait() for p in ps]==[0,0], [p.stdout.read() for p in ps]
+    finish(*(launch(share, tmp_path, w) for w in 'abc'))
     for r in Store(tmp_path).runs():
         assert len(r.sessions)==1 and list(r.metrics().step)==list(range(8))
     assert len(Store(tmp_path).find())==3
 
-def test_one_run_on_two_ranks(tmp_path):
-    code = '''
+def on_a_rank(root):
     import torch, torch.distributed as dist
     def fn(c, run):
         x = torch.tensor([1.+int(os.environ['RANK'])]); dist.all_reduce(x)
-        run.log(step=0, total=x.item()); return dict(total=x.item(), seen=c.seed)
-    df = train_missing(grid(task='t', seed=[0,1]), fn, Store(sys.argv[1]), 'h', poll=.05)
-    print(df.total.tolist())
-    '''
-    import socket
+        run.log(step=0, total=x.item())
+        return dict(total=x.item(), rank=int(os.environ['RANK']))
+    df = train_missing(grid(task='t', seed=[0,1]), fn, Store(root), 'h', poll=.05)
+    assert df.total.tolist()==[3.,3.] and df['rank'].tolist()==[0,0]
+
+def test_one_run_on_two_ranks(tmp_path):
     with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
     env = dict(WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port), CUDA_VISIBLE_DEVICES='')
-    ps = [launch(code, tmp_path, RANK=str(i), LOCAL_RANK=str(i), **env) for i in range(2)]
-    out = [p.communicate(timeout=120)[0] for p in ps]
-    assert all('[3.0, 3.0]' in o for o in out), out
+    finish(*(launch(on_a_rank, tmp_path, RANK=str(i), LOCAL_RANK=str(i), **env) for i in range(2)))
+    assert len(Store(tmp_path).find())==2
     for r in Store(tmp_path).runs(): assert len(r.sessions)==1 and len(r.metrics())==1
 
 @pytest.mark.parametrize('when', ['before','after'])
@@ -206,12 +213,36 @@ def test_stale_runs_are_told_and_kept_until_asked(tmp_path, module, capsys):
     module.write_text('def f(x):\n    return x+2\n')
     assert list(st().status().state)==['stale','stale'] and set(st().status().why)=={'toy_code'}
     train_missing(cells, counting(calls), st(), 'h')
-    assert calls==[0,1] and '2 of 2 runs were made by other code (changed: toy_code)' in capsys.readouterr().out
+    assert calls==[0,1] and '2 of 2 runs were made or begun by other code (changed: toy_code)' in capsys.readouterr().out
     train_missing(cells, counting(calls), st(), 'h', retrain=True)
     assert calls==[0,1,0,1] and list(st().status().state)==['fresh','fresh'] and not capsys.readouterr().out
     module.unlink()
     assert list(Store(tmp_path/'runs').status().state)==['stale','stale']
     with pytest.raises(ValueError, match='no such modules'): st()
+
+def test_unfinished_run_that_other_code_began_is_told_and_made_afresh_when_asked(tmp_path, module, capsys):
+    st = lambda: Store(tmp_path/'runs', ['toy_code'])
+    def half(c, run): run.log(step=1); raise InterruptedError
+    for retrain,steps in ((False,[1,2]),(True,[2])):
+        with pytest.raises(InterruptedError): train_missing([cell('t', seed=int(retrain))], half, st(), 'h')
+        module.write_text(module.read_text().replace('+1', '+1+1')); capsys.readouterr()
+        train_missing([cell('t', seed=int(retrain))], lambda c, run: run.log(step=2) or dict(a=1), st(), 'h', retrain=retrain)
+        assert ('begun by other code' in capsys.readouterr().out)==(not retrain)
+        assert list(st().run(cell('t', seed=int(retrain)), 'h').metrics().step)==steps
+        assert list(st().status().query(f'run.str.contains("seed {int(retrain)}")').state)==['fresh' if retrain else 'stale']
+
+def student_and_teacher(root):
+    def fn(c, run):
+        began = time.time()
+        if c.mode=='standard': time.sleep(.5)
+        return dict(began=began, ended=time.time())
+    def teacher(c): return [] if c.mode=='standard' else [cell('t')]
+    train_missing(grid(task='t', mode=['target','standard','hybrid']), fn, Store(root), 'h', after=teacher, poll=.05)
+
+def test_student_waits_for_a_teacher_that_another_process_trains(tmp_path):
+    finish(*(launch(student_and_teacher, tmp_path) for _ in range(2)))
+    df = Store(tmp_path).find().set_index('mode')
+    assert len(df)==3 and (df.began[['target','hybrid']]>=df.ended['standard']).all()
 
 @pytest.mark.parametrize('change', ['return x+2','return y+1','return x-1','return None','return x+1.0','x += 1; return x+1'])
 def test_fingerprint_sees_every_change_of_code(module, change):
@@ -253,7 +284,7 @@ def test_smoke_never_reaches_paper_figures(tmp_path):
     assert not (tmp_path/'paper_figures').exists()
     assert len(table(tmp_path, 'other', [0], scale='smoke'))==3
 
-@pytest.mark.parametrize('kw,why', [(dict(seeds=[0]), '3 seeds of t softmax standard, this one 1'), (dict(seeds=[0,1,2], mode=['standard']), 'this one 0'),
+@pytest.mark.parametrize('kw,why', [(dict(seeds=[0]), '3 seeds of t random softmax standard, this one 1'), (dict(seeds=[0,1,2], mode=['standard']), 'this one 0'),
                                     (dict(seeds=[0,1,2], lr=1), 'overridden'), (dict(seeds=[0,1,2], scale='paper'), 'scale')])
 def test_a_lesser_result_replaces_nothing_unless_forced(tmp_path, capsys, kw, why):
     written = table(tmp_path, 'paper_figures', [0,1,2])

@@ -3,11 +3,12 @@ import json, math
 from dataclasses import replace
 import numpy as np, pytest, torch
 from transformers import Wav2Vec2ForCTC, Wav2Vec2ForSequenceClassification, Wav2Vec2Model
-import cald.sources as S
+import cald.sources as S, cald.units as U
 from cald.runs import hash_files
-from cald.commands import VOICES
-from cald.sources import Clusters, Corpus, Recipe, build, draw, front_end, label, load_state, log_mel, mel_filters, mfcc, n_frames, optimiser, pretrain, shipped, \
-    span_mask
+from cald.speech_data import cnn_frames
+from cald.sources import Recipe, build, draw, front_end, load_state, optimiser, pretrain, shipped
+from cald.units import Clusters, Corpus, label, log_mel, mel_filters, mfcc, span_mask
+from cald.voices import VOICES
 
 def waves(n=12, seed=0):
     rng = np.random.default_rng(seed)
@@ -36,13 +37,13 @@ def test_crops_and_targets_are_aligned():
     "Samples that count up and units that count frames: each unit must stand where its frame starts"
     n = 320*60+80
     c = Corpus([np.arange(n)/40000]*3)
-    c.units = [np.stack([np.arange(n_frames(n))]*2, 1)]*3
-    c.mel = [np.zeros((n_frames(n),40), np.float16)]*3
+    c.units = [np.stack([np.arange(cnn_frames(n))]*2, 1)]*3
+    c.mel = [np.zeros((cnn_frames(n),40), np.float16)]*3
     r = Recipe.tiny(noise=0., crop=(.3,.5), seconds=2.)
     starts = set()
     for step in range(5):
         b = draw(c, r, step)
-        assert b['valid'].all() and n_frames(b['x'].shape[1])==b['units'].shape[1]
+        assert b['valid'].all() and cnn_frames(b['x'].shape[1])==b['units'].shape[1]
         raw = np.arange(n)
         for x,u in zip(b['x'].numpy(), b['units'].numpy()):
             start = int(u[0,0])*320; starts.add(start)
@@ -56,7 +57,7 @@ def test_short_utterances_are_padded_and_not_counted(corpora):
     label(c, Clusters(c, 4, n=8))
     r = Recipe.tiny(crop=(.5,), clusters=4)
     b = draw(c, r, 0)
-    assert b['valid'].sum(1).tolist()==[n_frames(3000)]*len(b['x'])
+    assert b['valid'].sum(1).tolist()==[cnn_frames(3000)]*len(b['x'])
     net = build(r)
     other = {**b, 'units':torch.where(b['valid'][...,None], b['units'], 3), 'mel':torch.where(b['valid'][...,None], b['mel'], 9.)}
     assert net(**b)['loss'].item()==net(**other)['loss'].item()
@@ -98,8 +99,8 @@ def test_only_training_voices_are_heard(monkeypatch):
     heard = []
     class Fake:
         def __call__(self, text, voice, *args): heard.append(voice); return np.sin(np.arange(8000)/9.).astype(np.float32)
-    monkeypatch.setattr(S, 'Espeak', Fake)
-    S.speak(120)
+    monkeypatch.setattr(U, 'Espeak', Fake)
+    U.speak(120)
     others = {v.name for split in ('dev','test') for v in VOICES[split]}
     assert heard and not {v.name for v in heard}&others
 

@@ -101,6 +101,10 @@ def test_readme_names_only_files_and_targets_that_exist():
     targets = set(re.findall(r'^(\w[\w-]*):', (root/'Makefile').read_text(encoding='utf-8'), re.M))
     assert set(re.findall(r'`make (\w+)', text))<=targets
 
+def test_readme_links_every_notebook():
+    text = (root/'README.md').read_text(encoding='utf-8')
+    assert not [f.name for f in nbs if f.stem!='index' and f'](nbs/{f.name})' not in text]
+
 def measured():
     "Every number of the CSV files of results"
     for f in [*(root/'paper_figures').glob('*.csv'), *(root/'cald/data').glob('*.csv')]:
@@ -133,7 +137,7 @@ def test_csv_of_results_is_the_one_of_its_provenance():
         assert 'smoke' not in prov['scale']
 
 def python(code, cwd, **env):
-    return subprocess.run([sys.executable,'-c',code], cwd=cwd, env={**os.environ, 'PYTHONPATH':str(root), **env}, capture_output=True, text=True)
+    return subprocess.run([sys.executable,'-c',code], cwd=cwd, env={**os.environ, 'OMP_NUM_THREADS':'1', **dict(PYTHONPATH=str(root)), **env}, capture_output=True, text=True)
 
 def test_imports_without_nbdev_or_mamba_ssm(tmp_path):
     names = [f'cald.{m}' for f in nbs for m in module_of(f)]
@@ -149,12 +153,41 @@ print(len({names}))'''
     assert r.returncode==0, r.stderr
     assert r.stdout.split()[-1]==str(len(names))
 
-def test_wheel_holds_library_checkpoints_and_data(tmp_path):
-    src = tmp_path/'src'; src.mkdir()
+@pytest.fixture(scope='module')
+def wheel(tmp_path_factory):
+    "A wheel built from a copy of the tree"
+    tmp = tmp_path_factory.mktemp('wheel'); src = tmp/'src'; src.mkdir()
     shutil.copytree(root/'cald', src/'cald', ignore=shutil.ignore_patterns('__pycache__'))
     for f in ('settings.ini','setup.py','pyproject.toml','MANIFEST.in','README.md','LICENSE','CITATION.cff'): shutil.copy(root/f, src)
-    subprocess.run([sys.executable,'-m','pip','wheel','-q','--no-deps','--no-build-isolation','-w',str(tmp_path),str(src)], check=True)
-    names = set(zipfile.ZipFile(next(tmp_path.glob('*.whl'))).namelist())
+    subprocess.run([sys.executable,'-m','pip','wheel','-q','--no-deps','--no-build-isolation','-w',str(tmp),str(src)], check=True)
+    return next(tmp.glob('*.whl'))
+
+def test_wheel_holds_library_checkpoints_and_data(wheel):
+    names = set(zipfile.ZipFile(wheel).namelist())
     for f in (root/'cald').rglob('*'):
         if f.is_file() and '__pycache__' not in f.parts: assert f.relative_to(root).as_posix() in names, f'{f.name} is not in the wheel'
     assert not [n for n in names if n.endswith('.ipynb') or n.startswith(('tests/','nbs/'))]
+
+def test_wheel_works_away_from_the_tree(wheel, tmp_path):
+    zipfile.ZipFile(wheel).extractall(tmp_path/'site')
+    (tmp_path/'cwd').mkdir()
+    code = '''
+import cald, torch, pathlib
+from transformers import AutoModelForCTC, TrainingArguments, Wav2Vec2ForCTC
+from cald.convert import convert
+from cald.distill import Distiller
+from cald.guidance import Target
+from cald.runs import paper_numbers
+from cald.sources import shipped
+model = Wav2Vec2ForCTC.from_pretrained(shipped('wav2vec2-demo'), vocab_size=8, pad_token_id=0)
+student = convert(model, to='mamba2')
+data = [dict(input_values=torch.randn(4000), labels=torch.tensor([1,2])) for _ in range(8)]
+args = TrainingArguments('out', max_steps=10, per_device_train_batch_size=2, save_strategy='no')
+trainer = Distiller(student, args, train_dataset=data, guidance=Target(model)); trainer.train()
+student.save_pretrained('student')
+again = AutoModelForCTC.from_pretrained('student')
+assert all(torch.equal(a, b) for a,b in zip(student.state_dict().values(), again.state_dict().values()))
+print(trainer.state.global_step, len(paper_numbers('Table 3')), pathlib.Path(cald.__file__).parent)'''
+    r = python(code, tmp_path/'cwd', PYTHONPATH=str(tmp_path/'site'), HF_HUB_OFFLINE='1')
+    assert r.returncode==0, r.stderr
+    assert r.stdout.split()[-3:]==['10', '15', str(tmp_path/'site'/'cald')]
