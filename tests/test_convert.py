@@ -199,12 +199,13 @@ def test_generate_is_the_greedy_loop(layers, tmp_path):
     config.use_cache = True
     for m in (s,AutoModelForCausalLM.from_pretrained(tmp_path),type(s)(config).eval()):
         assert m.config.use_cache is False and m.generation_config.use_cache is False
+        m.generation_config.eos_token_id = None
         out = m.generate(**x, do_sample=False, pad_token_id=0, max_new_tokens=4)
         for i,n in enumerate((9,5)):
             ids = x['input_ids'][i:i+1,-n:]
             for _ in range(4): ids = torch.cat([ids, run(m, dict(input_ids=ids))[0][:,-1:].argmax(-1)], 1)
             assert torch.equal(out[i,-n-4:], ids[0])
-        with pytest.raises(ValueError, match='no key-value cache'): m.generate(**x, use_cache=True, pad_token_id=0)
+        with pytest.raises(ValueError, match='no key-value cache'): m.generate(**x, use_cache=True, max_new_tokens=1)
 
 @pytest.mark.filterwarnings('ignore:.*gradient_checkpointing_enable')
 @pytest.mark.parametrize('name,to', [('ctc','mamba2'),('text','linformer'),('lm','mamba')])
