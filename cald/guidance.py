@@ -19,12 +19,11 @@ from transformers import get_scheduler
 from transformers.utils import ModelOutput, find_labels
 from .state import own_rng
 
-# %% ../nbs/02_guidance.ipynb #5c6992e8
+# %% ../nbs/02_guidance.ipynb #037697f0
 def real(x:Tensor)->Tensor:
     "`x` in float32 when it is of half precision, as it is otherwise"
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
-# %% ../nbs/02_guidance.ipynb #5e8d7391
 def hidden_mse(hs:Tensor,        # student's hidden state, (batch, length, d_model)
                ht:Tensor,        # teacher's, same shape
                mask:Tensor=None, # (batch, length), True at tokens; elsewhere the error is 0
@@ -45,7 +44,7 @@ def output_kl(s:Tensor,      # student's logits (..., classes)
     log_s,log_t = (F.log_softmax(real(x)/temperature, -1) for x in (s,t))
     return F.kl_div(log_s, log_t, reduction='none', log_target=True).sum(-1)
 
-# %% ../nbs/02_guidance.ipynb #130dd2bb
+# %% ../nbs/02_guidance.ipynb #57908037
 def _check_alike(hs, ht):
     "Raise ValueError unless the lists of hidden states `hs` and `ht` can be compared one to one"
     if len(hs)!=len(ht):
@@ -53,7 +52,6 @@ def _check_alike(hs, ht):
     if hs[0].shape!=ht[0].shape:
         raise ValueError(f"the student's hidden states are {tuple(hs[0].shape)}, its teacher's {tuple(ht[0].shape)}: they must be alike")
 
-# %% ../nbs/02_guidance.ipynb #77b65666
 @dataclass
 class HiddenLoss:
     "Layer loss and output loss of a student against its teacher; `loss_preset` has the paper's three conventions"
@@ -126,7 +124,7 @@ def loss_preset(name='default', # 'default', 'paper-nlp', 'paper-lm' or 'paper-s
     if unknown := set(overrides)-known: raise ValueError(f'{sorted(unknown)} are not among the arguments {sorted(known)}')
     return HiddenLoss(**{**_presets[name], **overrides})
 
-# %% ../nbs/02_guidance.ipynb #e50373ca
+# %% ../nbs/02_guidance.ipynb #912acb4c
 def state_length(model, batch)->int:
     "Length of the hidden states that `model` makes of `batch`"
     x = batch.get(model.main_input_name)
@@ -135,7 +133,6 @@ def state_length(model, batch)->int:
         return int(model._get_feat_extract_output_lengths(x.shape[1]))
     return x.shape[1]
 
-# %% ../nbs/02_guidance.ipynb #28f83ed0
 def state_mask(model,       # a model of Hugging Face's
                batch:dict,  # its inputs
                length:int,  # of its hidden states
@@ -312,7 +309,7 @@ def teacher_forward(self:Trajectory, batch, step):
     self._loss,self._seen = self._loss+loss.detach(),self._seen+1
     return seen or _detached(out)
 
-# %% ../nbs/02_guidance.ipynb #dd5ef20b
+# %% ../nbs/02_guidance.ipynb #5c81935e
 def _average_over_processes(ps):
     "Give the parameters `ps` the mean gradient of all processes, so that their teachers stay the same"
     dist = torch.distributed
@@ -322,7 +319,6 @@ def _average_over_processes(ps):
         dist.all_reduce(p.grad)
         p.grad /= dist.get_world_size()
 
-# %% ../nbs/02_guidance.ipynb #c79f10d8
 @patch
 def update(self:Trajectory, step):
     "Make the teacher's own step, if this was one of its steps. Raises FloatingPointError for a gradient that is not finite"

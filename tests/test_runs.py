@@ -78,6 +78,7 @@ def test_unknown_settings_and_incomplete_scales_are_errors(toy):
 
 def share(root, who):
     def fn(c, run):
+        with open(root/'calls', 'a') as f: f.write(f'{c.seed}\n')
         seen = run.metrics()
         for s in range(0 if seen.empty else int(seen.step.max())+1, 8):
             run.log(step=s, who=who); time.sleep(.04)
@@ -109,7 +110,7 @@ def test_several_processes_share_a_grid_and_train_each_run_once(tmp_path):
     finish(*(launch(share, tmp_path, w) for w in 'abc'))
     for r in Store(tmp_path).runs():
         assert len(r.sessions)==1 and list(r.metrics().step)==list(range(8))
-    assert len(Store(tmp_path).find())==3
+    assert len(Store(tmp_path).find())==3 and sorted((tmp_path/'calls').read_text().split())==['0','1','2']
 
 def on_a_rank(root):
     import torch, torch.distributed as dist
@@ -284,7 +285,7 @@ def test_smoke_never_reaches_paper_figures(tmp_path):
     assert not (tmp_path/'paper_figures').exists()
     assert len(table(tmp_path, 'other', [0], scale='smoke'))==3
 
-@pytest.mark.parametrize('kw,why', [(dict(seeds=[0]), '3 seeds of t random softmax standard, this one 1'), (dict(seeds=[0,1,2], mode=['standard']), 'this one 0'),
+@pytest.mark.parametrize('kw,why', [(dict(seeds=[0,1]), 'this one 2'), (dict(seeds=[0]), '3 seeds of t random softmax standard, this one 1'), (dict(seeds=[0,1,2], mode=['standard']), 'this one 0'),
                                     (dict(seeds=[0,1,2], lr=1), 'overridden'), (dict(seeds=[0,1,2], scale='paper'), 'scale')])
 def test_a_lesser_result_replaces_nothing_unless_forced(tmp_path, capsys, kw, why):
     written = table(tmp_path, 'paper_figures', [0,1,2])
