@@ -98,9 +98,9 @@ def draw(corpus:Corpus, r:Recipe, step:int,
     mask = span_mask(rng, b, T, r.mask_start, r.mask_span)
     return {k:torch.from_numpy(v) for k,v in dict(x=x, mask=mask, valid=valid, units=units, mel=mel).items()}
 
-# %% ../nbs/09_sources.ipynb #ebcce20b
+# %% ../nbs/09_sources.ipynb #b3a3e4c1
 class MaskedUnits(nn.Module):
-    "Masked prediction of clusters (HuBERT, Hsu et al. 2021, §II-B) and, from the CNN alone, of the spectrum (as PASE, Pascual et al. 2019)"
+    "Masked prediction of clusters (HuBERT, Hsu et al. 2021, §II-B), and from the CNN alone of the spectrum (PASE, Pascual et al. 2019)"
     def __init__(self, r:Recipe):
         super().__init__()
         self.model = Wav2Vec2Model(source_config(r))
@@ -127,7 +127,7 @@ def build(r:Recipe)->MaskedUnits:
     torch.manual_seed(r.seed)
     return MaskedUnits(r)
 
-# %% ../nbs/09_sources.ipynb #7be9845a
+# %% ../nbs/09_sources.ipynb #543e2f19
 def rate_at(step:int, r:Recipe)->float:
     "Learning rate: linear warm-up, constant, linear to zero over the last share `r.decay` of the steps"
     return r.lr*min(1, (step+1)/r.warmup, (r.steps-step)/max(1, r.decay*r.steps))
@@ -135,7 +135,8 @@ def rate_at(step:int, r:Recipe)->float:
 def optimiser(net:nn.Module, r:Recipe):
     "AdamW; no weight decay on biases, norms and other vectors"
     ps = [p for p in net.parameters() if p.requires_grad]
-    groups = [dict(params=[p for p in ps if p.ndim>1], weight_decay=r.weight_decay), dict(params=[p for p in ps if p.ndim<=1], weight_decay=0.)]
+    groups = [dict(params=[p for p in ps if p.ndim>1], weight_decay=r.weight_decay),
+              dict(params=[p for p in ps if p.ndim<=1], weight_decay=0.)]
     return torch.optim.AdamW(groups, lr=r.lr, betas=(0.9,0.98), eps=1e-6)
 
 # %% ../nbs/09_sources.ipynb #e33c4337
