@@ -292,7 +292,7 @@ def test_the_paper_speech_step_is_the_formula(tmp_path):
     assert student.config.ctc_loss_reduction=='sum' and len(batches)==3
     for p,q in zip(student.parameters(), d.model.parameters(), strict=True):
         want = p.detach() if p.grad is None else p.detach()-0.1*p.grad
-        torch.testing.assert_close(want, q.detach(), rtol=1e-6, atol=1e-9)
+        torch.testing.assert_close(want, q.detach(), rtol=1e-5, atol=1e-8) # the loop's weights are float32
     assert d.state.log_history[0]['loss']==pytest.approx(total.item(), rel=1e-5)
 
 def test_label_items_may_come_with_the_batch(tmp_path):
