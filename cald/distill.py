@@ -79,7 +79,7 @@ def count_items(batch):
     "Label items (characters) of a batch: its `num_items` if it has them, else labels that are not negative"
     return batch['num_items'].sum() if 'num_items' in batch else (batch['labels']>=0).sum()
 
-# %% ../nbs/03_distill.ipynb #4e7030d9
+# %% ../nbs/03_distill.ipynb #f1529e48
 _undecayed = {'A_log', 'D', 'dt_bias'} # mamba_ssm marks them `_no_weight_decay`; a mark does not survive saving or copying, a name does
 
 class Distiller(Trainer):
@@ -100,11 +100,13 @@ class Distiller(Trainer):
         super().__init__(model, args, train_dataset=train_dataset, **kwargs)
         self.guidance,self.task_loss,self.task_sum,self.snapshots = guidance or Unguided(),task_loss,task_sum,set(snapshots)
         if nonfinite not in ('raise','skip'): raise ValueError(f"nonfinite is 'raise' or 'skip', not {nonfinite!r}")
-        if args.save_only_model: raise ValueError('save_only_model leaves nothing to go on from; `snapshots` saves the model alone at chosen steps')
+        if args.save_only_model:
+            raise ValueError('save_only_model leaves nothing to go on from; `snapshots` saves the model alone at chosen steps')
         self.nonfinite,self.skipped,self._resume,self._stopped = nonfinite,0,None,False
         if by_item(self.guidance) and not task_sum: raise ValueError("a loss with per='item' goes with task_sum=True")
         if task_sum and task_loss is None and getattr(model.config, 'ctc_loss_reduction', 'sum')!='sum':
-            raise ValueError("task_sum=True needs a task loss that is a sum: set the model's config.ctc_loss_reduction='sum', or pass `task_loss`")
+            raise ValueError("task_sum=True needs a task loss that is a sum: set the model's config.ctc_loss_reduction='sum', "
+                             "or pass `task_loss`")
         self.model_accepts_loss_kwargs = False # task losses are means over a micro-batch; Trainer then averages micro-batches
         if self.args.device.type=='cpu': self.args.dataloader_pin_memory = False
         self._show(progress)
@@ -161,11 +163,12 @@ def _prepare_inputs(self:Distiller, inputs):
     if self.task_sum and not self.model.training and {'labels','num_items'}&inputs.keys(): self._items = count_items(inputs)
     return {k:v for k,v in inputs.items() if k!='num_items'}
 
-# %% ../nbs/03_distill.ipynb #3b866ce2
+# %% ../nbs/03_distill.ipynb #76d7bbc9
 @patch
 def _task(self:Distiller, outputs, inputs):
     if self.task_loss: return self.task_loss(outputs, inputs)
-    if getattr(outputs, 'loss', None) is None: raise ValueError(f'the model gave no loss for {list(inputs)}; add labels, or pass `task_loss`')
+    if getattr(outputs, 'loss', None) is None:
+        raise ValueError(f'the model gave no loss for {list(inputs)}; add labels, or pass `task_loss`')
     return outputs.loss
 
 @patch
@@ -193,7 +196,7 @@ def compute_loss(self:Distiller, model, inputs, return_outputs=False, num_items_
     for k,v in parts.items(): self._step_parts[k] = self._step_parts.get(k, 0)+v.detach()/accum
     return (sum(parts.values()), outputs) if return_outputs else sum(parts.values())
 
-# %% ../nbs/03_distill.ipynb #99cc8453
+# %% ../nbs/03_distill.ipynb #da9a64a5
 @patch
 def check_finite(self:Distiller):
     "Raise FloatingPointError, or skip the step, when its loss or gradient is not finite"
@@ -206,7 +209,8 @@ def check_finite(self:Distiller):
     else:
         what = ', '.join(f'{k} {v.item():.4g}' for k,v in self._step_parts.items())
         if self.nonfinite=='raise':
-            raise FloatingPointError(f'step {self.state.global_step+1}: loss or gradient is not finite (losses: {what}); nothing was saved of this step')
+            raise FloatingPointError(f'step {self.state.global_step+1}: loss or gradient is not finite (losses: {what}); '
+                                     'nothing was saved of this step')
         self.skipped += 1
         _log.warning(f'step {self.state.global_step+1} is skipped, its loss or gradient is not finite (losses: {what})')
         for p in self.model.parameters(): p.grad = None
@@ -274,7 +278,7 @@ def save_snapshot(self:Distiller, step):
     with _Quiet(): self.accelerator.unwrap_model(self.model).save_pretrained(tmp)
     os.replace(tmp, out)
 
-# %% ../nbs/03_distill.ipynb #b89a5c74
+# %% ../nbs/03_distill.ipynb #688bb6aa
 @patch
 def _save_checkpoint(self:Distiller, model, trial=None):
     "Trainer's, then the guidance, then the manifest; only then older ones go"
@@ -286,7 +290,9 @@ def _save_checkpoint(self:Distiller, model, trial=None):
     try:
         with _Quiet(): Trainer._save_checkpoint(self, model, trial)
     finally: self.args.save_total_limit = limit
-    if main: save_state(folder/'guidance', {'guidance': self.guidance.state_dict(), 'skipped': self.skipped, 'parts': self._parts, 'logged': self._logged})
+    if main:
+        save_state(folder/'guidance', {'guidance': self.guidance.state_dict(), 'skipped': self.skipped, 'parts': self._parts,
+                                       'logged': self._logged})
     self.accelerator.wait_for_everyone()
     if not main: return
     write_manifest(folder)
@@ -303,7 +309,7 @@ def _save(self:Distiller, output_dir=None, state_dict=None):
     (out/'training_args.bin').unlink(missing_ok=True)
     if self.args.should_save: (out/'training_args.json').write_text(self.args.to_json_string())
 
-# %% ../nbs/03_distill.ipynb #b0870bbf
+# %% ../nbs/03_distill.ipynb #09b311d1
 @patch
 def _load_from_checkpoint(self:Distiller, resume_from_checkpoint, model=None):
     "The weights in the model's own format, all of them"
@@ -312,13 +318,14 @@ def _load_from_checkpoint(self:Distiller, resume_from_checkpoint, model=None):
     with _Quiet():
         saved,info = type(self.model).from_pretrained(resume_from_checkpoint, dtype=self.model.dtype, output_loading_info=True)
     if bad := [*info['missing_keys'], *info['unexpected_keys'], *info['mismatched_keys']]:
-        raise ValueError(f'{resume_from_checkpoint} is not a checkpoint of this {type(self.model).__name__}: {bad[0]} and {len(bad)-1} more do not fit')
+        raise ValueError(f'{resume_from_checkpoint} is not a checkpoint of this {type(self.model).__name__}: '
+                         f'{bad[0]} and {len(bad)-1} more do not fit')
     self.model.load_state_dict(saved.state_dict())
 
 @patch
 def _load_best_model(self:Distiller): self._load_from_checkpoint(self.state.best_model_checkpoint)
 
-# %% ../nbs/03_distill.ipynb #cdb18e61
+# %% ../nbs/03_distill.ipynb #d2565db0
 @patch
 def train(self:Distiller,
           resume_from_checkpoint=None, # folder of a checkpoint, or True for the newest
@@ -337,7 +344,8 @@ def train(self:Distiller,
     with _on_interrupt(self): out = Trainer.train(self, folder and str(folder), trial, ignore_keys_for_eval)
     if self._stopped:
         step,n = self.state.global_step,self.state.max_steps
-        raise KeyboardInterrupt(f'stopped after step {step} of {n}; the checkpoint is in {self.args.output_dir}, go on with train(resume=True)')
+        raise KeyboardInterrupt(f'stopped after step {step} of {n}; the checkpoint is in {self.args.output_dir}, '
+                                'go on with train(resume=True)')
     return out
 
 # %% ../nbs/03_distill.ipynb #1e0fa9ef

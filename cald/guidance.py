@@ -124,7 +124,7 @@ def loss_preset(name='default', # 'default', 'paper-nlp', 'paper-lm' or 'paper-s
     if unknown := set(overrides)-known: raise ValueError(f'{sorted(unknown)} are not among the arguments {sorted(known)}')
     return HiddenLoss(**{**_presets[name], **overrides})
 
-# %% ../nbs/02_guidance.ipynb #912acb4c
+# %% ../nbs/02_guidance.ipynb #f29c30f8
 def state_length(model, batch)->int:
     "Length of the hidden states that `model` makes of `batch`"
     x = batch.get(model.main_input_name)
@@ -144,7 +144,8 @@ def state_mask(model,       # a model of Hugging Face's
         return torch.ones(len(x), length, dtype=torch.bool, device=x.device)
     if mask.shape[1]==length: return mask.bool()
     if not hasattr(model, '_get_feature_vector_attention_mask'):
-        raise ValueError(f'attention_mask has length {mask.shape[1]}, the hidden states {length}, and {type(model).__name__} has no rule between them')
+        raise ValueError(f'attention_mask has length {mask.shape[1]}, the hidden states {length}, and '
+                         f'{type(model).__name__} has no rule between them')
     return model._get_feature_vector_attention_mask(length, mask, add_adapter=False).bool()
 
 # %% ../nbs/02_guidance.ipynb #124d581c
@@ -372,20 +373,21 @@ def load_model(folder):
     if not hasattr(transformers, name): raise ValueError(f'{folder}: transformers has no {name}; say how to load it by `load`')
     return getattr(transformers, name).from_pretrained(folder)
 
-# %% ../nbs/02_guidance.ipynb #55e0505a
+# %% ../nbs/02_guidance.ipynb #a3d54aad
 class Waypoint(Target):
     "Stored snapshots of a teacher's fine-tuning, one after the other, each ahead of the student"
     def __init__(self,
                  snapshots:list,       # of (step of the teacher, folder)
                  load=load_model,      # makes a model of a folder
                  loss:HiddenLoss=None, # default: `loss_preset()`
-                 cycle=None,           # None: the first snapshot later than the student's step; a number of steps for each, or 'equal' shares
+                 cycle=None,           # None: the first snapshot later than the student's step; steps for each, or 'equal' shares
                  train_mode=False,
                  seed=0):
         super().__init__(None, loss, train_mode, seed)
         self.snapshots,self.load,self.cycle,self.index = sorted((int(s),Path(f)) for s,f in snapshots),load,cycle,None
         if not self.snapshots: raise ValueError('a waypoint guidance needs at least one snapshot')
-        if missing := [str(f) for _,f in self.snapshots if not f.is_dir()]: raise FileNotFoundError(f'no such snapshots: {", ".join(missing)}')
+        if missing := [str(f) for _,f in self.snapshots if not f.is_dir()]:
+            raise FileNotFoundError(f'no such snapshots: {", ".join(missing)}')
         if len(set(self.steps))<len(self.steps): raise ValueError(f'two snapshots of one step among {self.steps}')
         if not (cycle is None or cycle=='equal' or (isinstance(cycle, int) and cycle>0)):
             raise ValueError(f"cycle is None, 'equal' or a number of steps, not {cycle!r}")
@@ -429,7 +431,7 @@ def load_state_dict(self:Waypoint, state):
     for k in ('steps','cycle'):
         if state[k]!=getattr(self, k): raise ValueError(f'the run was begun with {k} {state[k]}, not {getattr(self, k)}')
 
-# %% ../nbs/02_guidance.ipynb #84ad19f4
+# %% ../nbs/02_guidance.ipynb #6d42930f
 class Hybrid(Guidance):
     "Any other guidance until a certain step, then none"
     def __init__(self,
@@ -437,7 +439,8 @@ class Hybrid(Guidance):
                  until=0.4,             # a fraction of the run (float), or a number of steps (int)
                  after:HiddenLoss=None, # a loss to go on with; by default the teacher goes
                 ):
-        if until<0 or (isinstance(until, float) and until>1): raise ValueError(f'until is a fraction or a whole number of steps, not {until}')
+        if until<0 or (isinstance(until, float) and until>1):
+            raise ValueError(f'until is a fraction or a whole number of steps, not {until}')
         self.inner,self.until,self.after,self.switched,self.stop = guidance,until,after,False,None
 
     @property

@@ -119,7 +119,7 @@ def write_manifest(df:pd.DataFrame, path):
     os.replace(tmp, path)
 
 # %% ../nbs/05a_speech_data.ipynb #38bb728c
-GENERATOR = 1 # raise it whenever the same parameters would give another corpus
+GENERATOR = 2 # raise it whenever the same parameters would give another corpus
 
 def corpus_parameters(sizes:dict, seed:int, salad:float)->dict:
     "All that a generated corpus depends on, and the `key` of it"

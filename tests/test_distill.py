@@ -14,14 +14,16 @@ from cald.state import MANIFEST, EpochSampler, SeededBatches, checkpoints, last_
 def speech(seed=0, **kw):
     "A tiny Wav2Vec2 with all that is random in one: dropout, SpecAugment, LayerDrop"
     torch.manual_seed(seed)
-    return Wav2Vec2ForCTC(Wav2Vec2Config(**{**dict(vocab_size=12, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
-        conv_dim=(8,8), conv_stride=(5,4), conv_kernel=(10,4), num_feat_extract_layers=2, num_conv_pos_embeddings=8, num_conv_pos_embedding_groups=2,
-        do_stable_layer_norm=True, feat_extract_norm='layer', layerdrop=0.1, mask_time_prob=0.3, mask_time_length=2, pad_token_id=0), **kw}))
+    return Wav2Vec2ForCTC(Wav2Vec2Config(**{**dict(vocab_size=12, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=32, conv_dim=(8,8), conv_stride=(5,4), conv_kernel=(10,4), num_feat_extract_layers=2,
+        num_conv_pos_embeddings=8, num_conv_pos_embedding_groups=2, do_stable_layer_norm=True, feat_extract_norm='layer',
+        layerdrop=0.1, mask_time_prob=0.3, mask_time_length=2, pad_token_id=0), **kw}))
 
 def utterances(n=11):
     g = torch.Generator().manual_seed(0)
     def size(a, b): return int(torch.randint(a, b, (1,), generator=g))
-    return [dict(input_values=torch.randn(size(300, 600), generator=g), labels=torch.randint(1, 12, (size(2, 5),), generator=g)) for _ in range(n)]
+    return [dict(input_values=torch.randn(size(300, 600), generator=g), labels=torch.randint(1, 12, (size(2, 5),), generator=g))
+            for _ in range(n)]
 
 def collate(rows):
     "Pad, and add noise from all three generators"
@@ -52,8 +54,9 @@ def snapshots(tmp_path_factory):
     for s in (2,5,9): speech(s).save_pretrained(folder/f'snapshot-{s}')
     return find_snapshots(folder)
 
-MODES = dict(unguided=lambda s: Unguided(), target=lambda s: Target(speech(3), train_mode=True), trajectory=lambda s: Trajectory(speech(4), lr=1e-3, every=2, warmup=1),
-             waypoint=lambda s: Waypoint(s), hybrid=lambda s: Hybrid(Target(speech(3)), until=5),
+MODES = dict(unguided=lambda s: Unguided(), target=lambda s: Target(speech(3), train_mode=True),
+             trajectory=lambda s: Trajectory(speech(4), lr=1e-3, every=2, warmup=1), waypoint=lambda s: Waypoint(s),
+             hybrid=lambda s: Hybrid(Target(speech(3)), until=5),
              hybrid_trajectory=lambda s: Hybrid(Trajectory(speech(4), lr=1e-3), until=0.75))
 
 @pytest.mark.parametrize('mode', MODES)
@@ -70,7 +73,8 @@ def test_a_resumed_run_is_the_uninterrupted_one(mode, snapshots, tmp_path):
     assert resumed.state.global_step==8 and not same(speech(), straight.model)
     assert same(straight.model, stopped.model) # saving changes nothing
     assert same(straight.model, resumed.model)
-    a,b = ([{k: v for k,v in l.items() if 'loss' in k or k=='teacher_lr'} for l in d.state.log_history if 'loss' in l] for d in (straight,resumed))
+    a,b = ([{k: v for k,v in l.items() if 'loss' in k or k=='teacher_lr'} for l in d.state.log_history if 'loss' in l]
+           for d in (straight,resumed))
     assert a==b and len(a)==4
     if mode=='trajectory': assert same(straight.guidance.teacher, resumed.guidance.teacher)
 
@@ -82,7 +86,8 @@ def test_it_may_stop_after_any_step(tmp_path):
     for step in range(1,9):
         resumed = distiller(tmp_path/f'again-{step}', make(), seed=7)
         resumed.train(tmp_path/'run'/f'checkpoint-{step}')
-        assert resumed.state.global_step==8 and same(straight.model, resumed.model) and same(straight.guidance.teacher, resumed.guidance.teacher), step
+        assert resumed.state.global_step==8, step
+        assert same(straight.model, resumed.model) and same(straight.guidance.teacher, resumed.guidance.teacher), step
         losses = [[l['loss'] for l in d.state.log_history if 'loss' in l] for d in (straight,resumed)]
         assert losses[0]==losses[1], step
 
@@ -126,15 +131,16 @@ def test_the_order_and_the_noise_depend_on_seed_and_epoch_only(workers):
     def batches(epoch, seed=0):
         sampler = EpochSampler(RandomSampler(range(11)), seed)
         sampler.epoch = epoch
-        return [b['input_values'] for b in DataLoader(SeededBatches(utterances(), collate, seed), 4, sampler=sampler, collate_fn=first, num_workers=workers)]
-    a,b,c,d = batches(1),batches(1),batches(2),batches(1, seed=5)
-    assert all(torch.equal(x, y) for x,y in zip(a, b))
-    assert not all(x.shape==y.shape and torch.equal(x, y) for x,y in zip(a, c)) and not all(x.shape==y.shape and torch.equal(x, y) for x,y in zip(a, d))
+        loader = DataLoader(SeededBatches(utterances(), collate, seed), 4, sampler=sampler, collate_fn=first, num_workers=workers)
+        return [b['input_values'] for b in loader]
+    def equal(a, b): return all(torch.equal(x, y) for x,y in zip(a, b, strict=True))
+    a = batches(1)
+    assert equal(a, batches(1)) and not equal(a, batches(2)) and not equal(a, batches(1, seed=5))
 
 def first(batch): return batch
 
 
-# interruptions and broken checkpoints -------------------------------------------------------------------------------------------------------
+# interruptions and broken checkpoints ------------------------------------------------------------------------------------------
 
 class Interrupting(list):
     "Presses Ctrl-C at sample 7"
@@ -159,7 +165,8 @@ def run_with_checkpoints(tmp_path_factory):
     distiller(folder, Trajectory(speech(4), lr=1e-3), save_strategy='steps', save_steps=4).train()
     return folder
 
-FILES = ['model.safetensors','config.json','optimizer.pt','scheduler.pt','rng_state.pth','trainer_state.json','guidance.safetensors','guidance.json',MANIFEST]
+FILES = ['model.safetensors','config.json','optimizer.pt','scheduler.pt','rng_state.pth','trainer_state.json','guidance.safetensors',
+         'guidance.json',MANIFEST]
 
 @pytest.mark.parametrize('name', FILES)
 @pytest.mark.parametrize('damage', ['cut','gone'])
@@ -227,7 +234,8 @@ KILLED = '''
 
 def test_a_run_killed_while_it_writes_goes_on_from_the_checkpoint_before(tmp_path):
     here = Path(__file__).parent
-    p = subprocess.Popen([sys.executable, '-c', textwrap.dedent(KILLED), str(tmp_path/'run'), str(here), str(here.parent)], stdout=subprocess.PIPE, text=True)
+    p = subprocess.Popen([sys.executable, '-c', textwrap.dedent(KILLED), str(tmp_path/'run'), str(here), str(here.parent)],
+                         stdout=subprocess.PIPE, text=True)
     try: assert p.stdout.readline().strip()=='writing'
     finally: p.kill()
     assert p.wait()==-signal.SIGKILL
@@ -268,11 +276,13 @@ def test_snapshots_are_the_model_of_their_step(tmp_path):
 
 def test_the_paper_speech_step_is_the_formula(tmp_path):
     "One step of plain gradient descent over three unequal micro-batches, in float64, against the formula of the reference"
-    quiet = dict(layerdrop=0., hidden_dropout=0., attention_dropout=0., activation_dropout=0., feat_proj_dropout=0., final_dropout=0., apply_spec_augment=False)
+    quiet = dict(layerdrop=0., hidden_dropout=0., attention_dropout=0., activation_dropout=0., feat_proj_dropout=0., final_dropout=0.,
+                 apply_spec_augment=False)
     student,teacher = speech(0, **quiet).double(),speech(3, **quiet).double().eval()
     data = [{**r, 'input_values': r['input_values'].double()} for r in utterances(6)]
-    d = distiller(tmp_path, Target(teacher, loss_preset('paper-speech')), copy.deepcopy(student), data, task_sum=True, max_steps=1, optim='sgd',
-                  learning_rate=0.1, warmup_steps=0, lr_scheduler_type='constant', max_grad_norm=0., gradient_accumulation_steps=3, logging_steps=1)
+    d = distiller(tmp_path, Target(teacher, loss_preset('paper-speech')), copy.deepcopy(student), data, task_sum=True, max_steps=1,
+                  optim='sgd', learning_rate=0.1, warmup_steps=0, lr_scheduler_type='constant', max_grad_norm=0.,
+                  gradient_accumulation_steps=3, logging_steps=1)
     batches = list(d.get_train_dataloader())
     d.train()
     ln = lambda x: F.layer_norm(x, x.shape[-1:])
@@ -282,8 +292,10 @@ def test_the_paper_speech_step_is_the_formula(tmp_path):
     total = 0.
     for b,m in zip(batches, masks):
         s = student.train()(**b)
-        S,D,t = *(q(input_values=b['input_values'], attention_mask=b['attention_mask'], output_hidden_states=True) for q in (student.wav2vec2,teacher.wav2vec2)),teacher(**b)
-        Ni,hs,ht = int((b['labels']>=0).sum()),(*S.hidden_states[:-1],S.last_hidden_state),(*D.hidden_states[:-1],D.last_hidden_state)
+        inputs = {k: b[k] for k in ('input_values','attention_mask')}
+        S,D,t = *(q(**inputs, output_hidden_states=True) for q in (student.wav2vec2,teacher.wav2vec2)),teacher(**b)
+        Ni = int((b['labels']>=0).sum())
+        hs,ht = ((*o.hidden_states[:-1],o.last_hidden_state) for o in (S,D))
         Si = sum((m*(ln(x*m[...,None])-ln(y.detach()*m[...,None])).pow(2).mean(-1)).sum() for x,y in zip(hs[1:], ht[1:]))/2
         p,logq = (t.logits.detach()/2).softmax(-1),(s.logits/2).log_softmax(-1)
         kl = (m*(p*(p.log()-logq)).sum(-1)).sum()
@@ -292,16 +304,18 @@ def test_the_paper_speech_step_is_the_formula(tmp_path):
     assert student.config.ctc_loss_reduction=='sum' and len(batches)==3
     for p,q in zip(student.parameters(), d.model.parameters(), strict=True):
         want = p.detach() if p.grad is None else p.detach()-0.1*p.grad
-        torch.testing.assert_close(want, q.detach(), rtol=1e-5, atol=1e-8) # the loop's weights are float32
+        torch.testing.assert_close(want, q.detach(), rtol=1e-5, atol=1e-8) # the loop's factors are float32
     assert d.state.log_history[0]['loss']==pytest.approx(total.item(), rel=1e-5)
 
 def test_label_items_may_come_with_the_batch(tmp_path):
-    rows = [dict(input_ids=torch.randint(2, 20, (8,)), attention_mask=torch.ones(8, dtype=torch.long), labels=i%2, num_items=5+i) for i in range(4)]
+    rows = [dict(input_ids=torch.randint(2, 20, (8,)), attention_mask=torch.ones(8, dtype=torch.long), labels=i%2, num_items=5+i)
+            for i in range(4)]
     torch.manual_seed(0)
-    model = RobertaForSequenceClassification(RobertaConfig(vocab_size=20, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
-        max_position_embeddings=16, pad_token_id=1, hidden_dropout_prob=0., attention_probs_dropout_prob=0.))
+    model = RobertaForSequenceClassification(RobertaConfig(vocab_size=20, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=16, max_position_embeddings=16, pad_token_id=1, hidden_dropout_prob=0., attention_probs_dropout_prob=0.))
     task = lambda out, batch: F.cross_entropy(out.logits, batch['labels'], reduction='sum')
-    d = Distiller(model, settings(tmp_path, max_steps=1, logging_steps=1), rows, task_loss=task, task_sum=True, eval_dataset=rows, progress='none')
+    d = Distiller(model, settings(tmp_path, max_steps=1, logging_steps=1), rows, task_loss=task, task_sum=True, eval_dataset=rows,
+                  progress='none')
     batch = {k: torch.stack([torch.as_tensor(r[k]) for r in rows]) for k in rows[0]}
     loss = task(model.eval()(batch['input_ids'], batch['attention_mask']), batch)/sum(5+i for i in range(4))
     d.train()
@@ -345,7 +359,8 @@ def test_a_loss_that_is_not_finite(tmp_path):
     assert last_checkpoint(tmp_path/'raise').name=='checkpoint-2' and all(torch.isfinite(p).all() for p in d.model.parameters())
     d = distiller(tmp_path/'skip', Target(speech(3)), task_loss=nan_at(5), nonfinite='skip')
     d.train()
-    assert d.skipped==1 and d.state.global_step==8 and d.state.log_history[-2]['skipped']==1 and all(torch.isfinite(p).all() for p in d.model.parameters())
+    assert d.skipped==1 and d.state.global_step==8 and d.state.log_history[-2]['skipped']==1
+    assert all(torch.isfinite(p).all() for p in d.model.parameters())
     assert all(np.isfinite(l['loss']) for l in d.state.log_history if 'loss' in l)
 
 def test_a_gradient_that_is_not_finite_is_found_though_the_loss_is(tmp_path):

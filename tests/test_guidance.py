@@ -12,19 +12,22 @@ from cald.state import load_state, own_rng, save_state
 
 def roberta(seed=0, dropout=0.1):
     torch.manual_seed(seed)
-    return RobertaForSequenceClassification(RobertaConfig(vocab_size=20, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
-        max_position_embeddings=16, pad_token_id=1, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout))
+    return RobertaForSequenceClassification(RobertaConfig(vocab_size=20, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=32, max_position_embeddings=16, pad_token_id=1, hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=dropout))
 
 def wav2vec2(seed=0, **kw):
     torch.manual_seed(seed)
-    return Wav2Vec2ForCTC(Wav2Vec2Config(**{**dict(vocab_size=8, hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32,
-        conv_dim=(8,8), conv_stride=(5,4), conv_kernel=(10,4), num_feat_extract_layers=2, num_conv_pos_embeddings=8, num_conv_pos_embedding_groups=2,
-        do_stable_layer_norm=True, feat_extract_norm='layer', layerdrop=0., mask_time_prob=0.3, mask_time_length=2), **kw}))
+    return Wav2Vec2ForCTC(Wav2Vec2Config(**{**dict(vocab_size=8, hidden_size=16, num_hidden_layers=3, num_attention_heads=2,
+        intermediate_size=32, conv_dim=(8,8), conv_stride=(5,4), conv_kernel=(10,4), num_feat_extract_layers=2,
+        num_conv_pos_embeddings=8, num_conv_pos_embedding_groups=2, do_stable_layer_norm=True, feat_extract_norm='layer',
+        layerdrop=0., mask_time_prob=0.3, mask_time_length=2), **kw}))
 
 def text(seed=0, n=4):
     g = torch.Generator().manual_seed(seed)
     mask = (torch.arange(10)<torch.randint(4, 11, (n,1), generator=g)).long()
-    return dict(input_ids=torch.randint(2, 20, (n,10), generator=g)*mask+1-mask, attention_mask=mask, labels=torch.randint(0, 2, (n,), generator=g))
+    return dict(input_ids=torch.randint(2, 20, (n,10), generator=g)*mask+1-mask, attention_mask=mask,
+                labels=torch.randint(0, 2, (n,), generator=g))
 
 def states(L, *shape, seed):
     "Hidden states of an `L`-layer model, and logits, in float64 with gradient"
@@ -49,7 +52,8 @@ same = lambda a, b: all(torch.equal(x, y) for x,y in zip(a.state_dict().values()
 def test_paper_nlp_is_the_raw_sum_over_all_states_padding_included():
     S,D,mask = states(12, 3,7,8, seed=0),states(12, 3,7,8, seed=1),torch.arange(7)<torch.tensor([[7],[5],[2]])
     s,t = torch.randn(3,2, dtype=torch.float64),torch.randn(3,2, dtype=torch.float64)
-    res = loss_preset('paper-nlp', alpha=3., alpha_output=0.5)(ModelOutput(hidden_states=S, logits=s), ModelOutput(hidden_states=D, logits=t), mask)
+    loss = loss_preset('paper-nlp', alpha=3., alpha_output=0.5)
+    res = loss(ModelOutput(hidden_states=S, logits=s), ModelOutput(hidden_states=D, logits=t), mask)
     layer = 0.
     for l in range(13): layer = layer+torch.nn.MSELoss()(S[l], D[l])
     output = F.kl_div(F.log_softmax(s/2, -1), F.softmax(t/2, -1), reduction='batchmean')*2**2
@@ -124,8 +128,8 @@ def test_frame_level_input_needs_no_rule():
     assert state_length(model, frames)==9 and state_mask(model, frames, 9).sum()==13
 
 def test_a_skipped_layer_hands_on_its_input():
-    model = wav2vec2(layerdrop=0.5, apply_spec_augment=False, hidden_dropout=0., attention_dropout=0., activation_dropout=0., feat_proj_dropout=0.,
-                     final_dropout=0.).train()
+    model = wav2vec2(layerdrop=0.5, apply_spec_augment=False, hidden_dropout=0., attention_dropout=0., activation_dropout=0.,
+                     feat_proj_dropout=0., final_dropout=0.).train()
     x = dict(input_values=torch.randn(1,200))
     enc = model.wav2vec2.encoder
     seen = set()
@@ -321,7 +325,8 @@ def test_after_the_switch_no_teacher_runs(until, stop):
 
 @pytest.mark.parametrize('kind', ['target','trajectory','waypoint'])
 def test_after_the_switch_the_memory_is_free(kind, snapshots):
-    g = Hybrid(dict(target=lambda: Target(roberta()), trajectory=lambda: Trajectory(roberta()), waypoint=lambda: Waypoint(snapshots))[kind](), until=2)
+    make = dict(target=lambda: Target(roberta()), trajectory=lambda: Trajectory(roberta()), waypoint=lambda: Waypoint(snapshots))[kind]
+    g = Hybrid(make(), until=2)
     g.setup(5)
     g.teacher_forward(text(), 0)
     refs = [weakref.ref(p) for p in g.inner.teacher.parameters()]
@@ -341,8 +346,9 @@ def test_a_hybrid_keeps_its_output_loss_when_asked():
 # state ------------------------------------------------------------------------------------------------------------------------------------
 
 def modes(snapshots):
-    return dict(unguided=Unguided, target=lambda: Target(roberta(), train_mode=True), trajectory=lambda: Trajectory(roberta(), lr=1e-2, every=2),
-                waypoint=lambda: Waypoint(snapshots), hybrid=lambda: Hybrid(Trajectory(roberta(), lr=1e-2), until=6))
+    return dict(unguided=Unguided, target=lambda: Target(roberta(), train_mode=True),
+                trajectory=lambda: Trajectory(roberta(), lr=1e-2, every=2), waypoint=lambda: Waypoint(snapshots),
+                hybrid=lambda: Hybrid(Trajectory(roberta(), lr=1e-2), until=6))
 
 @pytest.mark.parametrize('mode', ['unguided','target','trajectory','waypoint','hybrid'])
 @pytest.mark.parametrize('stop', [3,7])

@@ -38,7 +38,6 @@ def test_crops_and_targets_are_aligned():
     n = 320*60+80
     c = Corpus([np.arange(n)/40000]*3)
     c.units = [np.stack([np.arange(cnn_frames(n))]*2, 1)]*3
-    c.mel = [np.zeros((cnn_frames(n),40), np.float16)]*3
     r = Recipe.tiny(noise=0., crop=(.3,.5), seconds=2.)
     starts = set()
     for step in range(5):
@@ -59,7 +58,7 @@ def test_short_utterances_are_padded_and_not_counted(corpora):
     b = draw(c, r, 0)
     assert b['valid'].sum(1).tolist()==[cnn_frames(3000)]*len(b['x'])
     net = build(r)
-    other = {**b, 'units':torch.where(b['valid'][...,None], b['units'], 3), 'mel':torch.where(b['valid'][...,None], b['mel'], 9.)}
+    other = {**b, 'units':torch.where(b['valid'][...,None], b['units'], 3)}
     assert net(**b)['loss'].item()==net(**other)['loss'].item()
 
 def test_masked_frames_are_what_span_mask_says():
@@ -93,7 +92,7 @@ def test_it_learns(corpora, tmp_path):
     train,held = corpora
     r = Recipe.tiny(steps=60, lr=5e-3, noise=0.)
     before,after = S.evaluate(build(r), held, r),S.evaluate(pretrain(r, train, held, tmp_path), held, r)
-    assert after['held_seen']<before['held_seen']-.2 and after['held_spectrum']<before['held_spectrum']-.2
+    assert after['held_seen']<before['held_seen']-.2
 
 def test_only_training_voices_are_heard(monkeypatch):
     heard = []
