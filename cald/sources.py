@@ -30,8 +30,8 @@ from .voices import VOICES
 @dataclass(frozen=True)
 class Recipe:
     "Settings of a pretraining"
-    steps:int = 10_000           # of the second round, on clusters of the states of the first
-    first:int = 5000             # of the first round, on clusters of MFCC
+    steps:int = 9000             # of the second round, on clusters of the states of the first
+    first:int = 4000             # of the first round, on clusters of MFCC
     layer:int = 3                # whose states are clustered
     seconds:float = 28.8         # of speech in a batch
     crop:tuple = (1.2,1.6,2.,2.8)# seconds of a crop, one of these for each batch (CPU kernels are made anew for each shape)
