@@ -143,7 +143,7 @@ def sentence(rng:np.random.Generator,
         if 3<=len(text.split())<=9 and partition(text)==part: return text,*intent
 
 # %% ../nbs/04e_commands.ipynb #30db4406
-SIZES = dict(train=6000, dev=200, test=500, dev_seen=200, test_seen=500)
+SIZES = dict(train=10_000, dev=200, test=500, dev_seen=200, test_seen=500)
 
 def voices_of(split:str)->list:
     "The voices that are heard in `split`"
