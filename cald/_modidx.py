@@ -285,6 +285,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'cald.speech.start_from': ('speech.html#start_from', 'cald/speech.py'),
                              'cald.speech.table3': ('speech.html#table3', 'cald/speech.py'),
                              'cald.speech.train_cell': ('speech.html#train_cell', 'cald/speech.py'),
+                             'cald.speech.train_cells': ('speech.html#train_cells', 'cald/speech.py'),
                              'cald.speech.train_speech': ('speech.html#train_speech', 'cald/speech.py'),
                              'cald.speech.training_args': ('speech.html#training_args', 'cald/speech.py')},
             'cald.speech_data': { 'cald.speech_data.ManifestError': ('speech_data.html#manifesterror', 'cald/speech_data.py'),

@@ -49,12 +49,12 @@ def tell_stale(runs, retrain):
         print(f'{len(stale)} of {len(runs)} runs were made or begun by other code (changed: {names}). They are kept; '
               'retrain=True makes them again.')
 
-def begin(run, store, bar, todo, anew=False):
-    "Start `run`, the first of `todo`, or go on with it; afresh if it was done or `anew`. Say what remains"
+def begin(run, store, bar, todo, anew=False, workers=1):
+    "Start `run`, the first of `todo`, or go on with it; afresh if it was done or `anew`. Say what remains for `workers` processes"
     if run.done or anew: run.reset()
     run.start()
     left = estimate(todo, [r for r in store.runs() if r.done])
-    say(store, bar, f'{len(todo)} runs to do' + (f', about {left/60:.1f} minutes' if left else '') + f': {run.cell}')
+    say(store, bar, f'{len(todo)} runs to do' + (f', about {left/workers/60:.0f} minutes' if left else '') + f': {run.cell}')
 
 # %% ../nbs/03b_runs.ipynb #cc527724
 def agree(x):
@@ -76,6 +76,7 @@ def train_missing(cells, fn, store,
         data,          # hash of what a run reads, or a dict from task to hash
         retrain=False, # train runs again when their code has changed
         after=None,    # function of a cell: the cells that must be done before it, such as its teacher's
+        workers=1,     # processes that share the work, for the estimate of what remains
         poll=2.,       # seconds between looks at what another process is training
        )->pd.DataFrame:
     "Call `fn(cell, run)`, which may return the result, for each of `cells` that is not done; then the results of all of them"
@@ -94,7 +95,7 @@ def train_missing(cells, fn, store,
             continue
         try:
             if agree(need(r)):
-                if main: begin(r, store, bar, [runs[i] for i in todo], old(r))
+                if main: begin(r, store, bar, [runs[i] for i in todo], old(r), workers)
                 result = fn(r.cell, r)
                 if result is not None: r.finish(result)
                 if not agree(r.done): raise RuntimeError(f'{r.cell} has no result: `fn` must return one or call run.finish')

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SOURCES', 'MODES', 'STUDENT', 'MODULES', 'METRICS', 'COLOURS', 'Recipe', 'start_from', 'guidance_for',
            'SpeechDistiller', 'training_args', 'ready', 'mixer_args', 'LogTo', 'save_model', 'clear_checkpoints',
-           'train_cell', 'standard_cell', 'standard_run', 'speech_corpora', 'speech_grid', 'train_speech',
-           'help_speech', 'smoke_source', 'table3', 'each_task', 'plot_table3', 'learning_curves', 'plot_curves']
+           'train_cell', 'standard_cell', 'standard_run', 'speech_corpora', 'speech_grid', 'train_cells', 'help_speech',
+           'train_speech', 'smoke_source', 'table3', 'each_task', 'plot_table3', 'learning_curves', 'plot_curves']
 
 # %% ../nbs/05_speech.ipynb #b49d6c6a
 import math,os,shutil
@@ -20,7 +20,7 @@ from transformers import TrainerCallback,TrainingArguments,Wav2Vec2Config,Wav2Ve
 from .convert import convert
 from .distill import Distiller,checkpoints,delete_checkpoint,find_snapshots,seed_all
 from .guidance import Hybrid,Target,Trajectory,Unguided,Waypoint,loss_preset
-from .runs import Store,cell,check_name,scale_settings,settings,summarise,train_missing
+from .runs import Store,cell,check_name,helpers,scale_settings,settings,summarise,train_missing
 from .speech_tasks import TASKS,Task,collate,load_model,load_trained,make_corpus,predict,read_data,score,speech_loss,take_frames
 
 # %% ../nbs/05_speech.ipynb #ae9d7b85
@@ -215,17 +215,25 @@ def speech_grid(tasks:list, modes:list, seeds:list, source:str, scale:str, mixer
 # %% ../nbs/05_speech.ipynb #9d2f6a11
 MODULES = [f'cald.{m}' for m in 'mixers students convert state guidance distill speech_tasks speech'.split()]
 
-def train_speech(cells, corpora:dict, store, retrain:bool=False)->pd.DataFrame:
-    "Train those of `cells` that are missing, and return the results of all"
+def train_cells(cells, corpora:dict, store, retrain:bool=False, workers:int=1)->pd.DataFrame:
+    "Train those of `cells` that are missing, as one of `workers` processes, and return the results of all"
     def first(c): return [] if c.mode=='standard' else [standard_cell(c)]
     return train_missing(cells, lambda c,run: train_cell(c, run, corpora[c.task], store), store, {t: o.hash for t,o in corpora.items()},
-                         retrain=retrain, after=first)
+                         retrain=retrain, after=first, workers=workers)
 
-def help_speech(corpora:dict, # arguments of `speech_corpora`
-                grid:dict,    # arguments of `speech_grid`
-                runs, retrain:bool):
+def help_speech(reads:dict, # arguments of `speech_corpora`
+                what:dict,  # arguments of `speech_grid`
+                runs, retrain:bool=False, workers:int=1):
     "What a helper does: train those cells of the grid that nobody else trains"
-    train_speech(speech_grid(**grid), speech_corpora(**corpora), Store(runs, MODULES), retrain)
+    train_cells(speech_grid(**what), speech_corpora(**reads), Store(runs, MODULES), retrain, workers)
+
+def train_speech(reads:dict, what:dict, corpora:dict, # `speech_corpora(**reads)`
+                 store, retrain:bool=False, workers:int=1)->tuple: # cells, results
+    "Train what is missing of a grid by `workers` processes"
+    cells = speech_grid(**what)
+    n = max(1, min(workers, sum(not store.run(c, corpora[c.task].hash).done for c in cells)))
+    with helpers(n-1, 'cald.speech:help_speech', store.root, reads=reads, what=what, runs=str(store.root), retrain=retrain, workers=n):
+        return cells,train_cells(cells, corpora, store, retrain, n)
 
 # %% ../nbs/05_speech.ipynb #89435f67
 def smoke_source(folder, seed:int=0)->str:
@@ -241,11 +249,12 @@ def smoke_source(folder, seed:int=0)->str:
 # %% ../nbs/05_speech.ipynb #9b06f3a1
 METRICS = dict(wer='WER', cer='CER', joint='accuracy', slots='slot accuracy')
 
-def table3(results)->pd.DataFrame:
-    "Mean, 95 % interval and seeds of every metric in percent, for each task and mode; `results` as `train_missing` gives them"
-    df = results.assign(mode=pd.Categorical(results['mode'], MODES, ordered=True), task=pd.Categorical(results['task'], TASKS, ordered=True))
-    df = df.sort_values(['task','mode','seed']).astype({'mode':str, 'task':str})
-    s = summarise(df, 'mode', 'task', [m for m in METRICS if m in df])
+def table3(results, row:str='mode')->pd.DataFrame:
+    "Mean, 95 % interval and seeds of every metric in percent, for each task and `row`; `results` as `train_speech` gives them"
+    rows = MODES if row=='mode' else list(results[row].unique())
+    df = results.assign(**{row: pd.Categorical(results[row], rows, ordered=True)}, task=pd.Categorical(results['task'], TASKS, ordered=True))
+    df = df.sort_values(['task',row,'seed']).astype({row:str, 'task':str})
+    s = summarise(df, row, 'task', [m for m in METRICS if m in df])
     s = s[~((s.task!='intent') & (s.metric=='slots'))]
     return s.assign(metric=s.metric.map(METRICS)).reset_index(drop=True)
 

@@ -255,13 +255,14 @@ def read_audio(df)->tuple:
 
 def make_frames(df, source, size:int=32)->dict:
     "Frames of all rows of `df` one after the other, their number in each, and its samples"
-    df,audio = read_audio(df)
-    frames,order = [None]*len(df),np.argsort(df.samples, kind='stable').values
+    frames,samples,order = [None]*len(df),np.zeros(len(df), np.int64),np.argsort(df.seconds.fillna(0), kind='stable').values
     model = take_frames(Wav2Vec2Model.from_pretrained(find_source(source)))
     for i in tqdm(range(0, len(df), size), desc='front end', disable=None):
-        idx = order[i:i+size]
-        for j,f in zip(idx, encode_audio(model, [audio[j] for j in idx])): frames[j] = torch.tensor(f)
-    return dict(frames=torch.cat(frames), lengths=torch.tensor([len(f) for f in frames]), samples=torch.tensor(df.samples.values))
+        idx = order[i:i+size]                                    # of about one length, so that little is padded
+        _,audio = read_audio(df.iloc[idx])
+        samples[idx] = [len(a) for a in audio]
+        for j,f in zip(idx, encode_audio(model, audio)): frames[j] = torch.tensor(f)
+    return dict(frames=torch.cat(frames), lengths=torch.tensor([len(f) for f in frames]), samples=torch.tensor(samples))
 
 # %% ../nbs/05c_speech_tasks.ipynb #810bdaee
 def frame_count(cfg):

@@ -33,6 +33,14 @@ def test_speech_writes_table_figures_and_provenance_and_trains_once(store):
     assert pd.read_csv(store/'out'/'table3.csv').equals(df)
     assert sorted((root/'paper_figures').rglob('*'))==figures, 'smoke numbers reached paper_figures/'
 
+def test_random_weights_are_compared_with_the_source_when_asked(store):
+    speech(store, random=True, steps=2)
+    df = pd.read_csv(store/'out'/'source.csv')
+    assert set(df.start)=={'pretrained','random weights'} and set(df.metric)=={'WER','CER'}
+    standard = [json.loads(f.read_text()) for f in (store/'runs').glob('asr-*-standard-*/config.json')]
+    assert sorted(c['settings']['random'] for c in standard)==[False,True]
+    assert all(c['settings']['keep_frames']!=c['settings']['random'] for c in standard)
+
 @pytest.mark.parametrize('wrong,message', [(dict(stepz=3), "did you mean 'steps'"), (dict(drop='yes'), 'parameter drop must be bool')])
 def test_a_wrong_parameter_is_an_error_before_any_work(store, wrong, message):
     with pytest.raises(pm.PapermillExecutionError, match=message): speech(store, **wrong)
@@ -40,6 +48,6 @@ def test_a_wrong_parameter_is_an_error_before_any_work(store, wrong, message):
 
 def test_parameters_are_typed_and_described():
     out = subprocess.run([sys.executable, '-m', 'papermill', '--help-notebook', str(root/'nbs'/'05_speech.ipynb')], capture_output=True, text=True, check=True).stdout
-    for name in 'scale tasks modes seeds source data data_asr data_intent data_speaker drop steps runs out table force retrain'.split():
+    for name in 'scale tasks modes seeds source data data_asr data_intent data_speaker drop steps random workers runs out table force retrain'.split():
         line = next(l for l in out.splitlines() if l.strip().startswith(f'{name}:'))
         assert 'Unknown type' not in line, line

@@ -2,7 +2,7 @@
 import ast, hashlib, json, multiprocessing, os, re, socket, time
 from dataclasses import fields, replace
 from pathlib import Path
-import numpy as np, pandas as pd, pytest
+import numpy as np, pandas as pd, psutil, pytest, torch
 from cald.runs import *
 from cald import runs, store
 
@@ -120,6 +120,38 @@ def on_a_rank(root):
         return dict(total=x.item(), rank=int(os.environ['RANK']))
     df = train_missing(grid(task='t', seed=[0,1]), fn, Store(root), 'h', poll=.05)
     assert df.total.tolist()==[3.,3.] and df['rank'].tolist()==[0,0]
+
+def help_forever():
+    "What the helper of the next test does"
+    time.sleep(600)
+
+def hold_helper(tmp, pid):
+    with runs.helpers(1, f'{__name__}:help_forever', tmp) as procs:
+        Path(pid).write_text(str(procs[0].pid))
+        time.sleep(600)
+
+def test_helpers_end_when_their_process_is_killed(tmp_path, monkeypatch):
+    monkeypatch.setenv('PYTHONPATH', os.pathsep.join([str(root), str(root/'tests')]))
+    pid = tmp_path/'pid'
+    p = launch(hold_helper, str(tmp_path), str(pid), PYTHONPATH=os.environ['PYTHONPATH'])
+    for _ in range(600):
+        if pid.exists() and pid.read_text(): break
+        time.sleep(.1)
+    helper = psutil.Process(int(pid.read_text()))
+    assert helper.is_running() and helper.status()!=psutil.STATUS_ZOMBIE, (tmp_path/'helper-1.log').read_text()
+    p.kill(); p.join()
+    def ended(): return not helper.is_running() or helper.status()==psutil.STATUS_ZOMBIE
+    for _ in range(300):
+        if ended(): break
+        time.sleep(.1)
+    assert ended()
+
+def test_a_helper_that_fails_leaves_the_work_to_others(tmp_path):
+    threads = torch.get_num_threads()
+    with runs.helpers(2, 'cald.no_such_module:work', tmp_path) as procs:
+        for p in procs: p.wait(timeout=60)
+    assert all(p.returncode for p in procs) and torch.get_num_threads()==threads
+    assert 'no_such_module' in (tmp_path/'helper-2.log').read_text()
 
 def test_one_run_on_two_ranks(tmp_path):
     with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]

@@ -1,7 +1,8 @@
 "Speech experiments: what must not change between two ways of doing the same, and what must stop before training."
+from pathlib import Path
 import numpy as np, pandas as pd, pytest, soundfile as sf, torch
-from cald.runs import Store, cell, key
-from cald.speech import MODES, TASKS, speech_corpora, speech_grid, smoke_source, standard_run, train_cell
+from cald.runs import Store, cell, helpers, key
+from cald.speech import MODES, MODULES, TASKS, speech_corpora, speech_grid, smoke_source, standard_cell, standard_run, train_cell, train_speech
 from cald.speech_data import ManifestError
 from cald.speech_tasks import load_trained, make_corpus, predict, read_data
 
@@ -77,6 +78,32 @@ def test_the_teacher_of_a_cell_has_its_own_settings(data, tmp_path):
     assert standard_run(a, store, corpora['asr']).done
     with pytest.raises(RuntimeError): standard_run(b, store, corpora['asr'])
     assert key(a, 'x')!=key(b, 'x')!=key(b, 'y')
+
+def test_what_only_students_have_does_not_train_another_teacher():
+    what = dict(source='x', scale='smoke', steps=7, alpha=3., lr_student=.1, steps_student=5)
+    student = cell('asr', mixer='mamba2', mode='target', **what)
+    assert standard_cell(student)==cell('asr', mixer='softmax', mode='standard', source='x', scale='smoke', steps=7)
+    assert speech_grid(['asr'], ['target'], [0], **what)==[standard_cell(student),student]
+
+def test_a_student_takes_its_own_number_of_steps_and_all_its_waypoints(data, tmp_path):
+    home,source,corpora = data
+    store = Store(tmp_path)
+    for c in speech_grid(['asr'], ['waypoint'], [0], source, 'smoke', steps=6, steps_student=4, evals=2): run = train(store, c, corpora['asr'])
+    assert run.metrics().step.max()==4
+    assert run.metrics().waypoint.dropna().tolist()==[3,6]
+
+def test_a_helper_trains_cells_of_the_same_grid(data, tmp_path, monkeypatch):
+    home,source,corpora = data
+    monkeypatch.setenv('PYTHONPATH', str(Path(__file__).parents[1]))
+    store = Store(tmp_path, MODULES)
+    reads = dict(tasks=['asr'], source=source, cache=str(home/'cache'), data=str(home/'manifest.tsv'), scale='smoke')
+    what = dict(tasks=['asr'], modes=['target','unguided'], seeds=[0,1], source=source, scale='smoke', steps=2)
+    with helpers(1, 'cald.speech:help_speech', tmp_path, reads=reads, what=what, runs=str(tmp_path)) as procs:
+        procs[0].wait(timeout=240)                       # here it does all of the work
+    assert procs[0].returncode==0, (tmp_path/'helper-1.log').read_text()
+    cells,results = train_speech(reads, what, corpora, store)
+    assert len(results)==6 and all(len(r.sessions)==1 for r in store.runs())
+    assert {s['pid'] for r in store.runs() for s in r.sessions}=={procs[0].pid}
 
 @pytest.mark.parametrize('wrong,message', [
     (dict(text='naïve'), 'characters outside'), (dict(text=''), 'empty'), (dict(text='a very long transcript '*9), 'too short'), (dict(audio='gone.wav'), 'gone.wav')])
