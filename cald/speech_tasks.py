@@ -110,7 +110,10 @@ def encode_audio(model, # a Wav2Vec2 model
                 )->list: # of (frames, channels) float32 arrays
     "Frames of each utterance by the front end of `model`"
     base = model.base_model.eval()
+    over_time = base.config.feat_extract_norm=='group'  # such a norm sees the padding: each utterance goes alone
+    if over_time and len(audio)>1: return [encode_audio(model, [a])[0] for a in audio]
     xs = nn.utils.rnn.pad_sequence([torch.as_tensor(a) for a in audio], batch_first=True)
+    if not over_time: xs = F.pad(xs, (0, -xs.shape[1]%(RATE//2))) # few lengths: each has kernels of its own, which stay in memory
     out = base.feature_extractor(xs.to(base.device)).transpose(1,2).cpu()
     return [o[:int(base._get_feat_extract_output_lengths(len(a)))].numpy() for o,a in zip(out, audio)]
 
