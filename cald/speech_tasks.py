@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['CHARS', 'TASKS', 'PAPER_DATA', 'SMOKE', 'NATIVE', 'Characters', 'Heads', 'Task', 'FrontEnd', 'take_frames',
-           'standardise', 'encode_audio', 'SpeechDataset', 'collate', 'frame_lengths', 'speech_loss', 'score',
-           'predict', 'find_source', 'quietly', 'load_model', 'load_trained', 'read_data', 'Corpus', 'read_audio',
-           'make_frames', 'frame_count', 'make_corpus']
+           'encode_audio', 'SpeechDataset', 'collate', 'frame_lengths', 'speech_loss', 'score', 'predict',
+           'find_source', 'quietly', 'load_model', 'load_trained', 'read_data', 'Corpus', 'read_audio', 'make_frames',
+           'frame_count', 'make_corpus']
 
 # %% ../nbs/05c_speech_tasks.ipynb #42184bad
 import os
@@ -26,7 +26,7 @@ from transformers.utils import logging as hf_logging
 # %% ../nbs/05c_speech_tasks.ipynb #2b64b439
 from .corpora import digit_files,digits_manifest,read_slurp,read_tedlium,read_voxceleb
 from .runs import check_name,digest,hash_files,write_atomic
-from .sources import front_end,shipped
+from .sources import front_end,shipped,standardise
 from .speech_data import check_manifest,data_hash,generate,load_audio,read_manifest
 from .voices import RATE
 
@@ -99,10 +99,6 @@ def take_frames(model, freeze:bool=True):
     fe.__class__ = FrontEnd
     if freeze: model.base_model.freeze_feature_encoder()
     return model
-
-def standardise(audio):
-    "`audio` (samples,) with mean 0 and variance 1, as Wav2Vec2 wants each utterance"
-    return ((audio-audio.mean())/np.sqrt(audio.var()+1e-7)).astype(np.float32)
 
 @torch.no_grad()
 def encode_audio(model, # a Wav2Vec2 model
