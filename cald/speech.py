@@ -59,7 +59,7 @@ _smoke = dict(steps=4, batch=4, lr=1e-3, lr_student=1e-3, alpha=1., evals=2, d_s
 _paper = dict(steps=90_000, lr=3e-4, lr_student=3e-4, evals=9, warmup=5/90, decay='exponential', floor=5e-3, dropout=.2, mask_time=.1, min_masks=2,
               loss='paper-speech', teacher_train=True, d_state=128, headdim=64, bf16=True, keep_frames=False)
 
-for _t,_d,_p in (('asr',     dict(steps=3000, steps_student=500, lr=2e-3, until=40/90), dict(batch=18, accumulate=4, alpha=15., alpha_output=1., until=40/90)),
+for _t,_d,_p in (('asr',     dict(steps=4000, steps_student=500, lr=2e-3, until=40/90), dict(batch=18, accumulate=4, alpha=15., alpha_output=1., until=40/90)),
                  ('intent',  dict(steps=2000, steps_student=500, until=30/90), dict(batch=36, accumulate=2, alpha=15., until=30/90)),
                  ('speaker', dict(steps=1000, steps_student=350, until=50/90), dict(batch=18, accumulate=4, alpha=30., until=50/90))):
     scale_settings(_t, **{k: asdict(Recipe(**v)) for k,v in dict(smoke=_smoke, demo={**_demo,**_d}, paper={**_paper,**_p}).items()})

@@ -129,6 +129,9 @@ def device_name()->str:
 def peak_memory_mb()->float:
     "Largest memory so far: of the accelerator where there is one, else of this process; None where the system does not say"
     if torch.cuda.is_available(): return torch.cuda.max_memory_allocated()/2**20
+    status = Path('/proc/self/status') # of Linux; getrusage would count the parent's memory too
+    peak = re.search(r'VmHWM:\s+(\d+) kB', status.read_text()) if status.exists() else None
+    if peak: return int(peak[1])/2**10
     if importlib.util.find_spec('resource') is None: return None
     resource = importlib.import_module('resource')
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/(2**20 if sys.platform=='darwin' else 2**10)
