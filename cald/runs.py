@@ -126,6 +126,7 @@ def helpers(n:int,    # processes beside this one
     "Within, `n` processes more do `work`, and all share the cores"
     threads = torch.get_num_threads()
     each = max(1, threads//(n+1))
+    Path(log).mkdir(parents=True, exist_ok=True)
     logs = [open(Path(log)/f'helper-{i+1}.log', 'w') for i in range(n)]
     procs = [subprocess.Popen([sys.executable, '-c', _help, work, json.dumps(plain(kwargs)), str(each)], stdin=subprocess.PIPE, stdout=f, stderr=f)
              for f in logs]

@@ -292,14 +292,16 @@ def learning_curves(runs)->pd.DataFrame:
     return df.assign(task=pd.Categorical(df.task, TASKS, ordered=True)).sort_values('task', kind='stable').astype({'task':str})
 
 def plot_curves(curves, until):
-    "Development metric against steps for each mode; mean over seeds, and the range between them"
+    "Development metric of the students against steps; mean over seeds, and the range between them. The standard model's best is a dotted line"
     fig,axs = each_task([t for t in TASKS if t in set(curves.task)], high=3.4)
     for ax,(name,g) in zip(axs, curves.groupby('task', sort=False)):
-        for mode in [m for m in MODES if m in set(g['mode'])]:
+        s = g[g['mode']=='standard'].groupby('seed').value
+        ax.axhline((s.max() if TASKS[name].higher else s.min()).mean(), color=COLOURS['standard'], lw=1, ls=':', label='standard')
+        for mode in [m for m in MODES[1:] if m in set(g['mode'])]:
             v = g[g['mode']==mode].groupby('step').value
-            ax.plot(v.mean(), color=COLOURS[mode], label=mode, lw=1.5)
+            ax.plot(v.mean(), color=COLOURS[mode], label=mode, lw=1.5, marker='o', ms=3)
             ax.fill_between(v.min().index, v.min(), v.max(), color=COLOURS[mode], alpha=.15, lw=0)
-        ax.axvline(until[name]*g.step.max(), color=COLOURS['hybrid'], lw=1, ls=':')
+        if 'hybrid' in set(g['mode']): ax.axvline(until[name]*g[g['mode']=='hybrid'].step.max(), color=COLOURS['hybrid'], lw=1, ls=':')
         ax.set(title=TASKS[name].title.replace(', ', ' on dev, '), xlabel='step')
         ax.grid(alpha=.3)
     fig.legend(*axs[0].get_legend_handles_labels(), ncol=6, loc='outside lower center', frameon=False)
