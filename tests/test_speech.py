@@ -2,10 +2,12 @@
 from pathlib import Path
 import numpy as np, pandas as pd, pytest, soundfile as sf, torch
 from cald.runs import Store, cell, helpers, key
-from cald.speech import MODES, MODULES, TASKS, speech_corpora, speech_grid, smoke_source, standard_cell, standard_run, train_cell, train_speech
+from cald.experiment import MODES
+from cald.speech import TASKS, Speech, smoke_source
 from cald.speech_data import ManifestError
 from cald.speech_tasks import load_trained, make_corpus, predict, read_data
 
+exp = Speech()
 WORDS = 'one two three four five six seven eight nine'.split()
 
 @pytest.fixture(scope='module')
@@ -22,35 +24,35 @@ def data(tmp_path_factory):
     classes = df.scenario.isin(set(df.scenario[df.split=='train']))
     df[classes].to_csv(home/'manifest.tsv', sep='\t', index=False)
     source = smoke_source(home)
-    return home,source,speech_corpora(list(TASKS), source, home/'cache', str(home/'manifest.tsv'), scale='smoke')
+    return home,source,exp.read(list(TASKS), source, home/'cache', str(home/'manifest.tsv'), scale='smoke')
 
 def train(store, c, corpus):
     run = store.run(c, corpus.hash)
     if not run.done:
         run.start()
-        run.finish(train_cell(c, run, corpus, store))
+        run.finish(exp.train_cell(c, run, corpus, store))
     return run
 
 @pytest.mark.parametrize('mode', MODES[1:])
 def test_an_interrupted_run_gives_the_model_of_an_uninterrupted_one(data, tmp_path, mode, monkeypatch):
     home,source,corpora = data
     corpus,models = corpora['asr'],[]
-    *_,c = speech_grid(['asr'], [mode], [0], source, 'smoke', steps=4, evals=4)
+    (_,first),*_,(_,c) = exp.grid(['asr'], ['standard',mode], [0], source, 'smoke', steps=4, evals=4)
     for name,stop in (('straight',None),('cut',2)):
         store = Store(tmp_path/name)
-        train(store, next(iter(speech_grid(['asr'], [], [0], source, 'smoke', steps=4, evals=4))), corpus)
+        train(store, first, corpus)
         run = store.run(c, corpus.hash)
         run.start()
         if stop:
-            from cald import speech
-            class Cut(speech.LogTo):
+            from cald import experiment
+            class Cut(experiment.LogTo):
                 def on_step_begin(self, args, state, control, **kwargs):
                     if state.global_step==stop: raise SystemExit('cut')
             with monkeypatch.context() as m:
-                m.setattr(speech, 'LogTo', Cut)
-                with pytest.raises(SystemExit): train_cell(c, run, corpus, store)
+                m.setattr(experiment, 'LogTo', Cut)
+                with pytest.raises(SystemExit): exp.train_cell(c, run, corpus, store)
             assert not (run.folder/'model').exists()
-        train_cell(c, run, corpus, store)
+        exp.train_cell(c, run, corpus, store)
         models.append(load_trained(run.folder/'model'))
     for (n,p),q in zip(models[0].state_dict().items(), models[1].state_dict().values()): assert torch.equal(p, q), n
 
@@ -58,7 +60,7 @@ def test_every_task_trains_and_its_saved_model_predicts_the_same(data, tmp_path)
     home,source,corpora = data
     store = Store(tmp_path)
     for t,corpus in corpora.items():
-        for c in speech_grid([t], ['target'], [0], source, 'smoke', steps=2): run = train(store, c, corpus)
+        for _,c in exp.grid([t], ['target'], [0], source, 'smoke', steps=2): run = train(store, c, corpus)
         part = corpus.part(TASKS[t], 'test')
         again = load_trained(run.folder/'model')
         assert predict(again, part)[0]==predict(load_trained(run.folder/'model'), part)[0]
@@ -67,41 +69,41 @@ def test_every_task_trains_and_its_saved_model_predicts_the_same(data, tmp_path)
 def test_a_student_without_its_teacher_says_so(data, tmp_path):
     home,source,corpora = data
     with pytest.raises(RuntimeError, match='is not trained yet'):
-        train_cell(cell('asr', source=source, mixer='mamba2', mode='target', scale='smoke'), None, corpora['asr'], Store(tmp_path))
+        exp.train_cell(cell('asr', source=source, mixer='mamba2', mode='target', scale='smoke'), None, corpora['asr'], Store(tmp_path))
 
 def test_the_teacher_of_a_cell_has_its_own_settings(data, tmp_path):
     "A guided run of other settings must not be taught by the standard run of the default ones"
     home,source,corpora = data
     store = Store(tmp_path)
     a,b = (cell('asr', source=source, mixer='mamba2', mode='target', scale='smoke', steps=n) for n in (2,3))
-    train(store, speech_grid(['asr'], [], [0], source, 'smoke', steps=2)[0], corpora['asr'])
-    assert standard_run(a, store, corpora['asr']).done
-    with pytest.raises(RuntimeError): standard_run(b, store, corpora['asr'])
+    train(store, exp.grid(['asr'], [], [0], source, 'smoke', steps=2)[0][1], corpora['asr'])
+    assert exp.standard_run(a, store, corpora['asr']).done
+    with pytest.raises(RuntimeError): exp.standard_run(b, store, corpora['asr'])
     assert key(a, 'x')!=key(b, 'x')!=key(b, 'y')
 
 def test_what_only_students_have_does_not_train_another_teacher():
     what = dict(source='x', scale='smoke', steps=7, alpha=3., lr_student=.1, steps_student=5)
     student = cell('asr', mixer='mamba2', mode='target', **what)
-    assert standard_cell(student)==cell('asr', mixer='softmax', mode='standard', source='x', scale='smoke', steps=7)
-    assert speech_grid(['asr'], ['target'], [0], **what)==[standard_cell(student),student]
+    assert exp.standard_cell(student)==cell('asr', mixer='softmax', mode='standard', source='x', scale='smoke', steps=7)
+    assert [c for _,c in exp.grid(['asr'], ['target'], [0], **what)]==[exp.standard_cell(student),student]
 
 def test_a_student_takes_its_own_number_of_steps_and_all_its_waypoints(data, tmp_path):
     home,source,corpora = data
     store = Store(tmp_path)
-    for c in speech_grid(['asr'], ['waypoint'], [0], source, 'smoke', steps=6, steps_student=4, evals=2): run = train(store, c, corpora['asr'])
+    for _,c in exp.grid(['asr'], ['waypoint'], [0], source, 'smoke', steps=6, steps_student=4, evals=2): run = train(store, c, corpora['asr'])
     assert run.metrics().step.max()==4
     assert run.metrics().waypoint.dropna().tolist()==[3,6]
 
 def test_a_helper_trains_cells_of_the_same_grid(data, tmp_path, monkeypatch):
     home,source,corpora = data
     monkeypatch.setenv('PYTHONPATH', str(Path(__file__).parents[1]))
-    store = Store(tmp_path, MODULES)
+    store = Store(tmp_path, exp.modules)
     reads = dict(tasks=['asr'], source=source, cache=str(home/'cache'), data=str(home/'manifest.tsv'), scale='smoke')
     what = dict(tasks=['asr'], modes=['target','unguided'], seeds=[0,1], source=source, scale='smoke', steps=2)
-    with helpers(1, 'cald.speech:help_speech', tmp_path, reads=reads, what=what, runs=str(tmp_path)) as procs:
+    with helpers(1, 'cald.experiment:help_train', tmp_path, experiment='cald.speech:Speech', reads=reads, what=what, runs=str(tmp_path)) as procs:
         procs[0].wait(timeout=240)                       # here it does all of the work
     assert procs[0].returncode==0, (tmp_path/'helper-1.log').read_text()
-    cells,results = train_speech(reads, what, corpora, store)
+    results = exp.train(reads, what, corpora, store)
     assert len(results)==6 and all(len(r.sessions)==1 for r in store.runs())
     assert {s['pid'] for r in store.runs() for s in r.sessions}=={procs[0].pid}
 
