@@ -90,7 +90,7 @@ def convert(model,               # of a class that `families` lists; it is left 
     fill(student, model, names)
     if student.can_generate():
         student.generation_config = copy.deepcopy(model.generation_config)
-        if names: student.generation_config.use_cache = False
+        if names: student.generation_config.use_cache = family.causal # whatever training left there
     return student.train(model.training)
 
 # %% ../nbs/01_convert.ipynb #32edda9a

@@ -6,12 +6,13 @@
 __all__ = ['padding_mask', 'additive', 'zero_pads', 'reverse_padded', 'wide', 'full_precision', 'kernels', 'backend',
            'ssd_recurrence', 'decay', 'even_chunks', 'into_chunks', 'within_chunks', 'chunk_states', 'carry',
            'read_states', 'ssd', 'selective_scan_recurrence', 'selective_scan', 'causal_conv', 'RMSNormGated',
-           'start_dt', 'undecayed', 'Mamba2', 'Mamba', 'Bidirectional', 'mix_rows', 'linformer_attention',
-           'LinformerProjection']
+           'start_dt', 'undecayed', 'MixerState', 'Recurrent', 'pick', 'Mamba2', 'Mamba', 'Bidirectional', 'mix_rows',
+           'linformer_attention', 'LinformerProjection']
 
 # %% ../nbs/00_mixers.ipynb #474c357b
 import functools,logging,math
 from contextlib import nullcontext
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -243,12 +244,18 @@ def causal_conv(x:Tensor,      # (batch, length, channels)
                 weight:Tensor, # (channels, 1, width), of a depthwise `Conv1d`
                 bias:Tensor=None, # (channels,)
                 state:Tensor=None, # (batch, width-1, channels): what came before; None for zeros
+                mask:Tensor=None,  # (batch, length), True at tokens, which come first; None if all are. Only the last inputs depend on it
                )->tuple:       # outputs as `x`; the last width-1 inputs
     "Each channel by itself, over the last `width` positions"
-    w = weight.shape[-1]
+    w,step = weight.shape[-1],state is not None and x.shape[1]==1
     x = F.pad(x, (0,0,w-1,0)) if state is None else torch.cat([state.to(x.dtype), x], 1)
-    y = F.conv2d(x.mT[:,:,None], weight[:,:,None], bias, groups=weight.shape[0]) # 2-d, for its layout with channels last
-    return y[:,:,0].mT,x[:,x.shape[1]-w+1:]
+    if step: # one sum; a convolution would spend its time on preparations
+        y = (wide(x)*wide(weight)[:,0].mT).sum(1, keepdim=True)
+        y = (y if bias is None else y+wide(bias)).to(x.dtype)
+    else: y = F.conv2d(x.mT[:,:,None], weight[:,:,None], bias, groups=weight.shape[0])[:,:,0].mT # 2-d, for its layout with channels last
+    if mask is None: return y,x[:,x.shape[1]-w+1:]
+    rows = mask.sum(1, keepdim=True)+torch.arange(w-1, device=x.device) # the last inputs of each sample, where its tokens end
+    return y,x.gather(1, rows[...,None].expand(-1,-1,x.shape[2]))
 
 # %% ../nbs/00_mixers.ipynb #0567324d
 class RMSNormGated(nn.Module):
@@ -273,8 +280,32 @@ def undecayed(t:Tensor)->nn.Parameter:
     p._no_weight_decay = True
     return p
 
+# %% ../nbs/00_mixers.ipynb #b6918011
+class MixerState(NamedTuple):
+    "What a mixer remembers of all it has read; `MixerState()` is the state before the first token"
+    conv:Tensor=None # (batch, d_conv-1, channels): the last inputs of the convolution; copies, so they keep their type
+    ssm:Tensor=None  # the scan's state: (batch, heads, headdim, d_state) or (batch, d_inner, d_state), in float32 or better
+
+class Recurrent(nn.Module):
+    "A mixer that can be fed in pieces; `mix`, of a subclass, does the work"
+    def forward(self, x:Tensor, # (batch, length, d_model)
+                mask:Tensor=None, # (batch, length), True at tokens
+                state:MixerState=None, # what came before; None if nothing did and nothing will follow
+               )->Tensor: # as `x`, zeros at pads; with `state` a pair of this and the state after `x`
+        if state is None: return self.mix(x, mask)[0]
+        if mask is None or x.shape[1]==1: y,state = self.mix(x, mask, state)
+        else:
+            order = (~mask).int().argsort(dim=1, stable=True) # tokens first
+            y,state = self.mix(pick(x, order), mask.gather(1, order), state)
+            y = pick(y, order.argsort(dim=1))
+        return y,MixerState(*(t.clone() for t in state)) # a slice would keep all that it was cut from
+
+def pick(x:Tensor, order:Tensor)->Tensor: # (batch, length, d), (batch, length) -> (batch, length, d)
+    "The rows `order` of each sample"
+    return x.gather(1, order[...,None].expand_as(x))
+
 # %% ../nbs/00_mixers.ipynb #61a47c0e
-class Mamba2(nn.Module):
+class Mamba2(Recurrent):
     "Mamba2's block (Dao and Gu 2024), with the parameters of mamba_ssm's"
     def __init__(self, d_model:int,
                  d_state:int=128,  # numbers that each channel of a head remembers
@@ -303,20 +334,21 @@ class Mamba2(nn.Module):
         self.norm = RMSNormGated(self.d_inner, ngroups)
         self.out_proj = nn.Linear(self.d_inner, d_model, bias=bias)
 
-    def forward(self, x:Tensor, # (batch, length, d_model)
-                mask:Tensor=None, # (batch, length), True at tokens
-               )->Tensor: # as `x`, zeros at pads
+    def mix(self, x, mask=None, state=None)->tuple: # as in `Recurrent`; with a state, tokens come first
         z,xBC,dt = self.in_proj(zero_pads(x, mask)).split([self.d_inner, self.conv1d.in_channels, self.nheads], -1)
         if self.in_proj.bias is not None: xBC = zero_pads(xBC, mask)
-        xBC = F.silu(causal_conv(xBC, self.conv1d.weight, self.conv1d.bias)[0])
-        u,B,C = xBC.split([self.d_inner, *[self.ngroups*self.d_state]*2], -1)
+        conv,S = state or MixerState()
+        xBC,conv = causal_conv(xBC, self.conv1d.weight, self.conv1d.bias, conv, None if state is None else mask)
+        u,B,C = F.silu(xBC).split([self.d_inner, *[self.ngroups*self.d_state]*2], -1)
         dt = zero_pads(F.softplus(wide(dt)+wide(self.dt_bias)), mask) # dt = 0 leaves the state as it is
-        y,_ = ssd(u.unflatten(-1, (-1,self.headdim)), dt, -wide(self.A_log).exp(),
-                  *(t.unflatten(-1, (self.ngroups,-1)) for t in (B,C)), self.D, chunk=self.chunk, last=False)
-        return zero_pads(self.out_proj(self.norm(y.flatten(2), z)), mask)
+        args = (u.unflatten(-1, (-1,self.headdim)), dt, -wide(self.A_log).exp(),
+                *(t.unflatten(-1, (self.ngroups,-1)) for t in (B,C)), self.D, S)
+        if state and x.shape[1]==1: y,S = ssd_recurrence(*args)
+        else: y,S = ssd(*args, chunk=self.chunk, last=state is not None)
+        return zero_pads(self.out_proj(self.norm(y.flatten(2), z)), mask),MixerState(conv, S)
 
 # %% ../nbs/00_mixers.ipynb #c7c20ef7
-class Mamba(nn.Module):
+class Mamba(Recurrent):
     "Mamba's block (Gu and Dao 2023), with the parameters of mamba_ssm's"
     def __init__(self, d_model:int,
                  d_state:int=16,  # numbers that each channel remembers
@@ -342,16 +374,18 @@ class Mamba(nn.Module):
         self.D = undecayed(torch.ones(d))
         self.out_proj = nn.Linear(d, d_model, bias=bias)
 
-    def forward(self, x:Tensor, # (batch, length, d_model)
-                mask:Tensor=None, # (batch, length), True at tokens
-               )->Tensor: # as `x`, zeros at pads
+    def mix(self, x, mask=None, state=None)->tuple: # as in `Recurrent`; with a state, tokens come first
         u,z = self.in_proj(zero_pads(x, mask)).chunk(2, -1)
         if self.in_proj.bias is not None: u = zero_pads(u, mask)
-        u = F.silu(causal_conv(u, self.conv1d.weight, self.conv1d.bias)[0])
+        conv,S = state or MixerState()
+        u,conv = causal_conv(u, self.conv1d.weight, self.conv1d.bias, conv, None if state is None else mask)
+        u = F.silu(u)
         dt,B,C = self.x_proj(u).split([self.dt_rank, self.d_state, self.d_state], -1)
         dt = zero_pads(F.softplus(wide(F.linear(dt, self.dt_proj.weight))+wide(self.dt_proj.bias)), mask) # dt = 0 leaves the state as it is
-        y,_ = selective_scan(u, dt, -wide(self.A_log).exp(), B, C, self.D, chunk=self.chunk)
-        return zero_pads(self.out_proj(y*F.silu(z)), mask)
+        args = u,dt,-wide(self.A_log).exp(),B,C,self.D,S
+        if state and x.shape[1]==1: y,S = selective_scan_recurrence(*args)
+        else: y,S = selective_scan(*args, chunk=self.chunk)
+        return zero_pads(self.out_proj(y*F.silu(z)), mask),MixerState(conv, S)
 
 # %% ../nbs/00_mixers.ipynb #669b4501
 class Bidirectional(nn.Module):

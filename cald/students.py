@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MIXERS', 'LOAD_HINT', 'FAMILIES', 'Mixed', 'packed', 'MixedLinformer', 'Family', 'fit_headdim', 'mixer_args',
            'make_mixers', 'ConvertedConfig', 'put', 'returned', 'check_loaded', 'Converted', 'register',
-           'register_head']
+           'register_head', 'MixerLayer', 'mixer_layer']
 
 # %% ../nbs/00b_students.ipynb #1867bb9a
 import json,sys
@@ -17,8 +17,9 @@ from typing import get_args
 import torch
 import transformers
 from torch import nn
+from transformers.cache_utils import Cache,CacheLayerMixin,DynamicLayer
 
-from .mixers import Bidirectional,LinformerProjection,Mamba,Mamba2,linformer_attention,padding_mask
+from .mixers import Bidirectional,LinformerProjection,Mamba,Mamba2,MixerState,linformer_attention,padding_mask
 
 # %% ../nbs/00b_students.ipynb #fec1361f
 class Mixed(nn.Module):
@@ -26,19 +27,27 @@ class Mixed(nn.Module):
     def __init__(self, mixer:nn.Module, # maps (batch, length, d_model), mask to (batch, length, d_model)
                  config,                # of the model
                  where:str,             # name of the attention module in the model
-                 outputs:int=2):        # how many values the layer expects: the first is ours, the others None
+                 outputs:int=2,         # how many values the layer expects: the first is ours, the others None
+                 layer:int=None):       # number of the layer, under which a cache has the mixer's state; None if it cannot be fed in pieces
         super().__init__()
-        self.mixer,self.config,self.where,self.outputs = mixer,config,where,outputs
+        self.mixer,self.config,self.where,self.outputs,self.layer = mixer,config,where,outputs,layer
 
     def forward(self, hidden_states, attention_mask=None, output_attentions=None, layer_past=None, past_key_values=None,
-                encoder_hidden_states=None, **kwargs):
+                encoder_hidden_states=None, cache=None, **kwargs):
         def refuse(what): raise ValueError(f'{self.where} is converted and has no {what}')
-        if layer_past is not None or past_key_values is not None: refuse('key-value cache: call the model with use_cache=False')
+        past,(b,l),own = past_key_values if layer_past is None else layer_past,hidden_states.shape[:2],None
+        if past is not None and self.layer is None: refuse('key-value cache: call the model with use_cache=False')
+        if cache is not None: refuse('part in continuous batching, where many texts share a cache')
         if encoder_hidden_states is not None: refuse('cross-attention')
         if self.config.output_attentions if output_attentions is None else output_attentions:
             refuse('attention weights: call the model without output_attentions')
+        if past is not None:
+            own = mixer_layer(past, self.layer, l)
+            if isinstance(attention_mask, torch.Tensor): attention_mask = attention_mask[...,own.seen:own.seen+l] # the columns of this piece
         if packed(attention_mask): refuse('way to keep packed sequences apart')
-        return self.mix(hidden_states, padding_mask(attention_mask, *hidden_states.shape[:2])),*[None]*(self.outputs-1)
+        mask = padding_mask(attention_mask, b, l)
+        y = self.mix(hidden_states, mask) if own is None else own.read(self.mixer, hidden_states, mask)
+        return y,*[None]*(self.outputs-1)
 
     def mix(self, x, mask): return self.mixer(x, mask)
 
@@ -178,12 +187,12 @@ class Converted:
         for i,mixer in zip(config.cald['layers'], mixers):
             old = self.get_submodule(names[i])
             args = mixer,config,names[i],returned(old)
-            if config.cald['to']!='linformer': new = Mixed(*args)
+            if config.cald['to']!='linformer': new = Mixed(*args, i if family.causal else None)
             else: new = MixedLinformer(*args, old, family.projections, getattr(config, family.dropout))
             put(self, names[i], new)
         self.set_mixers(mixers)
-        if mixers and hasattr(config, 'use_cache'): config.use_cache = False
-        if mixers and self.can_generate(): self.generation_config.use_cache = False
+        if mixers and hasattr(config, 'use_cache'): config.use_cache = False # a cache only for who asks, as `generate` does
+        if mixers and self.can_generate(): self.generation_config.use_cache = self._is_stateful = family.causal
 
     @property
     def mixed(self)->dict:
@@ -248,3 +257,51 @@ for _family in (
                                       AutoModelForMaskedLM='BertForMaskedLM'), *_bert),
     Family('gpt_neox', 'GPTNeoXConfig', dict(AutoModel='GPTNeoXModel', AutoModelForCausalLM='GPTNeoXForCausalLM'),
            'layers', 'attention', causal=True)): register(_family)
+
+# %% ../nbs/00b_students.ipynb #3bb46ced
+class MixerLayer(CacheLayerMixin):
+    "The place of a converted layer in a cache: the state of its mixer, and how many positions that has read, pads included"
+    supports_early_init = False
+    def __init__(self):
+        super().__init__()
+        self.reset()
+
+    def reset(self): self.state,self.seen = MixerState(),0
+
+    def read(self, mixer, x, mask): # as in `Recurrent.forward`
+        "What `mixer` makes of the piece `x`, after all that was read before"
+        y,self.state = mixer(x, mask, self.state)
+        self.seen += x.shape[1]
+        return y
+
+    def get_seq_length(self): return self.seen
+    def get_mask_sizes(self, query_length): return self.seen+query_length,0 # columns of a mask, and where they start
+    def get_max_length(self): return -1
+    get_max_cache_shape = get_max_length # its name in earlier versions
+
+    def each(self, f): self.state = MixerState(*(t if t is None else f(t) for t in self.state))
+    def reorder_cache(self, beam_idx): self.each(lambda t: t.index_select(0, beam_idx.to(t.device)))
+    def batch_select_indices(self, indices): self.each(lambda t: t[indices])
+    def batch_repeat_interleave(self, repeats): self.each(lambda t: t.repeat_interleave(repeats, 0))
+
+    def crop(self, tokens_to_remove):
+        if tokens_to_remove: raise ValueError('a converted layer cannot take tokens back: its state is that after the last one. '
+                                              'Go on from a copy that was made before them (copy.deepcopy), or use a method that takes none back')
+
+    def lazy_initialization(self, *args): raise TypeError('this layer of the cache holds the state of a mixer: another model has filled it')
+    def update(self, *args, **kwargs): self.lazy_initialization()
+
+# %% ../nbs/00b_students.ipynb #0cf97f2f
+def mixer_layer(cache:Cache, # of the model
+                i:int,       # number of the converted layer
+                length:int,  # positions that it is about to read
+               )->MixerLayer:
+    "The place of layer `i` in `cache`, made if it is not there yet; ValueError if it cannot be, or if the layers are out of step"
+    while getattr(cache, 'layer_class_to_replicate', None) and len(cache.layers)<=i: cache.layers.append(cache.layer_class_to_replicate())
+    old = cache.layers[i] if isinstance(cache, Cache) and i<len(cache.layers) else cache
+    if isinstance(old, DynamicLayer) and not old.get_seq_length(): old = cache.layers[i] = MixerLayer()
+    if not isinstance(old, MixerLayer):
+        raise ValueError(f'layer {i} is converted and keeps its state in a DynamicCache of its model; it was given a {type(old).__name__}')
+    if i and cache.layers[0].get_seq_length()!=old.seen+length: # the first has read this piece already
+        raise ValueError('the layers of this cache have read different lengths; was it cropped?')
+    return old
