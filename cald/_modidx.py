@@ -475,6 +475,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                            'cald.text.prose': ('text.html#prose', 'cald/text.py'),
                            'cald.text.question': ('text.html#question', 'cald/text.py'),
                            'cald.text.read_docs': ('text.html#read_docs', 'cald/text.py'),
+                           'cald.text.read_stand_in': ('text.html#read_stand_in', 'cald/text.py'),
                            'cald.text.same_name': ('text.html#same_name', 'cald/text.py'),
                            'cald.text.same_parameter': ('text.html#same_parameter', 'cald/text.py'),
                            'cald.text.sections': ('text.html#sections', 'cald/text.py'),

@@ -9,7 +9,7 @@ __all__ = ['KINDS', 'PACKAGES', 'SMALL', 'LEFT_OUT', 'ADMONITIONS', 'TABLE', 'MA
            'words', 'sentences', 'is_prose', 'prose', 'sections', 'entries', 'paragraphs', 'parts', 'Fresh', 'split_of',
            'collect', 'differing', 'check_corpus', 'read_docs', 'documents', 'groups', 'take', 'one_sentence',
            'in_or_out', 'question', 'about_the_question', 'same_name', 'other_name', 'same_parameter', 'owner',
-           'long_texts', 'one_or_many', 'stand_in']
+           'long_texts', 'one_or_many', 'stand_in', 'read_stand_in']
 
 # %% ../nbs/04_text.ipynb #9830fc54
 import ast,gzip,hashlib,importlib.metadata,inspect,re,sys,warnings,zlib
@@ -64,6 +64,7 @@ def drop_code(doc:str)->list:
     "The lines of `doc`; those of examples, code, tables and directives are empty"
     out,skip,fence,test = [],None,False,False    # skip: the indentation of what is being left out
     for line in inspect.cleandoc(doc).splitlines():
+        line = re.sub(r'^(\s*)(!!!|\?\?\?\+?) *\w+', r'\1', line)  # a note in mkdocs
         s,i = line.strip(),indent(line)
         if s.startswith(('```','~~~')): fence = not fence; out.append(''); continue
         if fence or skip is not None and (not s or i>skip): continue
@@ -380,4 +381,20 @@ def stand_in(task:str, docs:pd.DataFrame, sizes:dict=SIZES, seed:int=0)->pd.Data
     df = pd.concat([take(df[df.split==s], n, seed) for s,n in sizes.items()], ignore_index=True)
     missing = [s for s in sizes if s not in set(df.split)]
     if missing: raise ValueError(f"the stand-in for {task} has no examples of the split {missing[0]!r}: more packages are needed")
+    return df
+
+# %% ../nbs/04_text.ipynb #51968bed
+def read_stand_in(task:str, cache, scale:str='demo', seed:int=0)->pd.DataFrame: # text, text_b, label, split; `attrs['hash']` says what it holds
+    "The stand-in for `task` at scale `demo` or `smoke`, kept in the folder `cache`"
+    check_name(task, STAND_INS, 'task')
+    docs = read_docs(cache, SMALL if scale=='smoke' else PACKAGES)
+    sizes = SMOKE if scale=='smoke' else SIZES
+    file = Path(cache)/f"{task}-{digest([BUILD, docs.attrs['hash'], sizes, seed])[:12]}.tsv.gz"
+    if not file.exists():
+        rows = stand_in(task, docs, sizes, seed).fillna('').to_numpy()
+        write_atomic(file, gzip.compress('\n'.join(map('\t'.join, rows)).encode(), mtime=0))
+    raw = gzip.decompress(file.read_bytes())
+    df = pd.DataFrame([l.split('\t') for l in raw.decode().split('\n')], columns=['text','text_b','label','split'])
+    if not df.text_b.any(): df['text_b'] = pd.Series([None]*len(df), dtype=object)
+    df.attrs['hash'] = hashlib.sha256(raw).hexdigest()
     return df
