@@ -8,11 +8,11 @@ __all__ = ['KINDS', 'PACKAGES', 'SMALL', 'LEFT_OUT', 'ADMONITIONS', 'TABLE', 'MA
            'STAND_INS', 'SIZES', 'SMOKE', 'docstrings', 'installed', 'source_files', 'indent', 'drop_code', 'plain',
            'words', 'sentences', 'is_prose', 'prose', 'sections', 'entries', 'paragraphs', 'parts', 'Fresh', 'split_of',
            'collect', 'differing', 'check_corpus', 'read_docs', 'documents', 'groups', 'take', 'one_sentence',
-           'in_or_out', 'question', 'about_the_question', 'same_name', 'other_name', 'same_parameter', 'owner',
+           'in_or_out', 'question', 'stems', 'about_the_question', 'same_name', 'other_name', 'same_parameter', 'owner',
            'long_texts', 'one_or_many', 'stand_in', 'read_stand_in']
 
-# %% ../nbs/04_text.ipynb #9830fc54
-import ast,gzip,hashlib,importlib.metadata,inspect,re,sys,warnings,zlib
+# %% ../nbs/04_text.ipynb #9a1ba6b9
+import ast,gc,gzip,hashlib,importlib.metadata,inspect,re,sys,warnings,zlib
 from pathlib import Path
 
 # %% ../nbs/04_text.ipynb #a13951de
@@ -99,7 +99,7 @@ COMMON = set('''a an and are as at be been but by can for from has have if in in
     their then there these they this to used using was when where which whether will with you each'''.split())
 
 def words(text:str)->list: return re.findall(r"[A-Za-z][A-Za-z'-]*", text)
-def sentences(text:str)->list: return re.split(r'(?<=[a-zA-Z0-9)\]\'"][.!?])\s+(?=[A-Z"(\'`])', text)
+def sentences(text:str)->list: return re.split(r'(?<!e\.g\.)(?<!i\.e\.)(?<=[a-zA-Z0-9)\]\'"][.!?])\s+(?=[A-Z"(\'`])', text)
 
 def is_prose(s:str)->bool:
     "Is `s` an English sentence?"
@@ -138,14 +138,14 @@ def sections(lines:list)->list: # [role, style, lines]
             out[-1][2].append(line)
     return out
 
-# %% ../nbs/04_text.ipynb #c8116c1e
-ENTRY = re.compile(r'[-*+ `]*([\w.*, ]+?)`*\s*(?:\(.*?\))?\s*:(?:\s+|$)(.*)')
+# %% ../nbs/04_text.ipynb #2a826a39
+ENTRY = re.compile(r'[* `]*([\w.*, ]+?)`*\s*(?:\(.*?\))?\s*:(?:\s+|$)(.*)')
 
 def entries(lines:list, style:str)->list: # [name, text]
     "The entries of a section: a line that stands as far to the left as the first one begins another"
     out,base = [],None
     for line in filter(str.strip, lines):
-        s = line.strip()
+        s = re.sub(r'^[-*+] (?=\S)', '', line.strip()) # an item of a list
         base = indent(line) if base is None else base
         if indent(line)>base and out: out[-1][1] += ' '+s
         elif style=='numpy': out.append([re.split(' ?: ?', s)[0].strip('`* '), ''])
@@ -196,19 +196,24 @@ def collect(packages)->list: # rows of `COLUMNS`
     "A row for each new passage in the documentation of `packages`"
     rows,fresh,doc = [],Fresh(),0
     files = [(p,*f) for p in packages for f in source_files(p)]
-    for package,file,path in tqdm(files, desc='documentation', disable=None):
-        with warnings.catch_warnings():
-            warnings.simplefilter('ignore')                  # of old files, about escapes in strings
-            try: tree = ast.parse(path.read_bytes())
-            except SyntaxError: continue                     # written for another Python, or a template
-        for scope,kind,text in docstrings(tree):
-            doc += 1
-            rows += [[package,file,scope,kind,str(doc),*p,split_of(file)] for p in parts(text) if fresh(p[2])]
+    collecting = gc.isenabled()
+    gc.disable()                                             # syntax trees have no cycles, and without it this takes half the time
+    try:
+        for package,file,path in tqdm(files, desc='documentation', disable=None):
+            with warnings.catch_warnings():
+                warnings.simplefilter('ignore')              # of old files, about escapes in strings
+                try: tree = ast.parse(path.read_bytes())
+                except SyntaxError: continue                 # written for another Python, or a template
+            for scope,kind,text in docstrings(tree):
+                doc += 1
+                rows += [[package,file,scope,kind,str(doc),*p,split_of(file)] for p in parts(text) if fresh(p[2])]
+    finally:
+        if collecting: gc.enable()
     return rows
 
 # %% ../nbs/04_text.ipynb #c79a5783
 BUILD = 1 # raise it whenever the same files would give another corpus
-CORPUS = 'CORPUSHASH'
+CORPUS = '60f2b6768ef12bc2a0e301027823b6b7253dd88af3cf38fc543b5667555c5905'
 
 def differing(packages=PACKAGES)->list:
     "The packages whose installed version is not the pinned one"
@@ -280,6 +285,10 @@ def question(summary:str)->str:
     "`summary` as a question"
     return re.sub(r'[.!?:;,\s]*$', '', summary)+'?'
 
+def stems(text:str)->set:
+    "The beginnings of the longer words of `text`"
+    return {w.lower()[:6] for w in words(text) if len(w)>3 and w.lower() not in COMMON}
+
 def about_the_question(docs:pd.DataFrame, each:int=2, # sentences of one documentation string, at most
                        seed:int=0)->pd.DataFrame:
     "Stand-in for QNLI: does a sentence stand under this summary, or under another one in the file?"
@@ -289,7 +298,8 @@ def about_the_question(docs:pd.DataFrame, each:int=2, # sentences of one documen
     body = body[~body.text.str.lower().duplicated()]
     rng,rows,yes,no = np.random.default_rng(seed),[],'entailment','not_entailment'
     for (_,split),g in body.groupby(['file','split'], sort=False):
-        found = [(question(summary[k]), list(h.text[:each])) for k,h in g.groupby('doc', sort=False)]
+        found = [(summary[k], [s for s in h.text if stems(s)&stems(summary[k])][:each]) for k,h in g.groupby('doc', sort=False)]
+        found = [(question(q), ss) for q,ss in found if ss]
         order = rng.permutation(len(found))
         for i,j in zip(order[::2], order[1::2]):
             (p,ss),(q,ts) = found[i],found[j]
