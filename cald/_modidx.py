@@ -464,6 +464,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                            'cald.text.indent': ('text.html#indent', 'cald/text.py'),
                            'cald.text.installed': ('text.html#installed', 'cald/text.py'),
                            'cald.text.is_prose': ('text.html#is_prose', 'cald/text.py'),
+                           'cald.text.lines': ('text.html#lines', 'cald/text.py'),
                            'cald.text.long_texts': ('text.html#long_texts', 'cald/text.py'),
                            'cald.text.one_or_many': ('text.html#one_or_many', 'cald/text.py'),
                            'cald.text.one_sentence': ('text.html#one_sentence', 'cald/text.py'),

@@ -7,7 +7,7 @@ __all__ = ['KINDS', 'PACKAGES', 'SMALL', 'LEFT_OUT', 'ADMONITIONS', 'TABLE', 'MA
            'FIELDS', 'RULE', 'ENTRY', 'COLUMNS', 'BUILD', 'CORPUS', 'TELLING', 'VAGUE', 'OUTRIGHT', 'NAMES',
            'STAND_INS', 'SIZES', 'SMOKE', 'docstrings', 'installed', 'source_files', 'indent', 'drop_code', 'plain',
            'words', 'sentences', 'is_prose', 'prose', 'sections', 'entries', 'paragraphs', 'parts', 'Fresh', 'split_of',
-           'collect', 'differing', 'check_corpus', 'read_docs', 'documents', 'groups', 'take', 'one_sentence',
+           'collect', 'differing', 'check_corpus', 'read_docs', 'lines', 'documents', 'groups', 'take', 'one_sentence',
            'in_or_out', 'question', 'stems', 'about_the_question', 'same_name', 'other_name', 'same_parameter', 'owner',
            'long_texts', 'one_or_many', 'stand_in', 'read_stand_in']
 
@@ -241,11 +241,14 @@ def read_docs(cache,            # folder where the corpus is kept
     df.attrs['hash'] = found
     return df
 
-# %% ../nbs/04_text.ipynb #fd668d79
+# %% ../nbs/04_text.ipynb #b883e3f3
+def lines(docs:pd.DataFrame)->pd.Series:
+    "The passages; that of a parameter begins with its name"
+    return (docs.name+': ').where(docs.role.isin(['param','attribute'])&(docs.name!=''), '')+docs.text
+
 def documents(docs:pd.DataFrame)->pd.DataFrame: # file, text, split
-    "One row for each file: its passages, one a line, a parameter's with the name of the parameter"
-    lines = (docs.name+': ').where(docs.role.isin(['param','attribute'])&(docs.name!=''), '')+docs.text
-    return docs.assign(text=lines).groupby(['file','split'], sort=False).text.agg('\n'.join).reset_index()[['file','text','split']]
+    "One row for each file: its passages, one a line"
+    return docs.assign(text=lines(docs)).groupby(['file','split'], sort=False).text.agg('\n'.join).reset_index()[['file','text','split']]
 
 # %% ../nbs/04_text.ipynb #87669108
 def groups(rows:list, # lists of (text, text_b, label, split): what belongs together
@@ -318,7 +321,9 @@ def same_name(names, files, S, idx, rng, low, high, cap)->list: # (i, j, similar
 def other_name(pair, S, names, used)->int:
     "A description of a parameter with another name, half as similar to the first of `pair` as the second is; -1 if all near it are used"
     i,_,s = pair
-    for q in np.argsort(np.abs(S-.5*s), kind='stable')[:8]:
+    gap = np.abs(S-.5*s)
+    first = np.argpartition(gap, min(50, len(gap)-1))[:50]
+    for q in first[np.lexsort((first, gap[first]))][:8]:
         if names[i] not in names[q] and names[q] not in names[i] and (i,q) not in used: return q
     return -1
 
@@ -336,9 +341,10 @@ def same_parameter(docs:pd.DataFrame, low:float=.15, high:float=.75, cap:int=8, 
         pairs,used = [],set()
         for idx in pd.Series(np.arange(len(g))).groupby(code).agg(list):
             if len(idx)>1: pairs += same_name(names, files, (X[idx]@X[idx].T).toarray(), np.array(idx), rng, low, high, cap)
-        for i,j,s in [pairs[k] for k in rng.permutation(len(pairs))[:most]]:
-            near = (X[i]@X.T).toarray()[0]
-            near[code==code[i]] = 9.
+        pairs = [pairs[k] for k in rng.permutation(len(pairs))[:most]]
+        for k,(i,j,s) in enumerate(pairs):
+            if k%256==0: S = (X[[p[0] for p in pairs[k:k+256]]]@X.T).toarray()
+            near = np.where(code==code[i], 9., S[k%256])
             if (q := other_name((i,j,s), near, names, used))<0: continue
             used.add((i,q))
             rows.append([(texts[i],texts[j],'duplicate',split),(texts[i],texts[q],'not_duplicate',split)])
@@ -367,12 +373,11 @@ def one_or_many(docs:pd.DataFrame, low:int=100, high:int=200, # words
                 seed:int=0)->pd.DataFrame:
     "Stand-in for IMDB: does a long text document one class or several functions?"
     rng,texts = np.random.default_rng(seed),{}
-    for (_,split),g in docs.groupby(['file','split'], sort=False):
-        classes = set(g.scope[g.kind=='class'])
-        lines = (g.name+': ').where(g.role.isin(['param','attribute'])&(g.name!=''), '')+g.text
+    for (_,split),g in docs.assign(line=lines(docs)).groupby(['file','split'], sort=False)[['scope','kind','line']]:
+        classes = {s for s,k in zip(g.scope, g.kind) if k=='class'}
         whose = [owner(s, k, classes) for s,k in zip(g.scope, g.kind)]
         for o in dict.fromkeys(w for w in whose if w is not None):
-            found = long_texts([l for l,w in zip(lines, whose) if w==o], low, high)
+            found = long_texts([l for l,w in zip(g.line, whose) if w==o], low, high)
             texts.setdefault((split,bool(o)), []).extend(NAMES.sub('library', OUTRIGHT.sub('code', t)) for t in found)
     rows = []
     for split in ('train','dev','test'):

@@ -61,7 +61,7 @@ def read_rows(path)->list: # dicts, each with `where` it stands, and perhaps a `
     if kind=='jsonl': return [json_row(f'{path}, row {i}', l) for i,l in enumerate(text.split('\n'), 1) if l.strip()]
     csv.field_size_limit(2**31-1)
     rows = list(csv.reader(io.StringIO(text, newline=''))) if kind=='csv' else [l.split('\t') for l in text.split('\n')]
-    rows = [(f'{path}, row {i}', r) for i,r in enumerate(rows, 1) if any(map(str.strip, r))]
+    rows = [(f'{path}, row {i}', r) for i,r in enumerate(rows, 1) if len(r)>1 or r and r[0].strip()]
     header = [h.strip() for h in rows[0][1]]
     if kind=='tsv' and len(header)==2 and header[1].isdigit(): header = ['sentence','label']
     else: rows = rows[1:]
@@ -85,7 +85,7 @@ def find_columns(have, task:str, where)->tuple: # text, text_b or None, label or
     names = sum(PAIRS, ()) if pair else SINGLE
     near = [f"did you mean {m[0]!r} by {c!r}?" for c in odd if (m := get_close_matches(c, names, 1, .7)) and m[0]!=c]
     one = f'; it has single texts, and {task} is about pairs: sst2 and imdb take single ones' if pair and single else ''
-    raise TextError(' '.join([f"{where} has the columns {', '.join(have) or 'none'}: {want} is needed for {task}{one}", *near]))
+    raise TextError('; '.join([f"{where} has the columns {', '.join(have) or 'none'}: {want} is needed for {task}{one}", *near]))
 
 # %% ../nbs/04c_text_data.ipynb #0a8e1f4a
 SPLITS = dict(train='train', training='train', dev='dev', devel='dev', valid='dev', validation='dev', test='test')
@@ -175,8 +175,9 @@ def read_hub(task:str)->pd.DataFrame:
 
 # %% ../nbs/04c_text_data.ipynb #5e227d6f
 def stratified(labels, n:int, seed:int=0)->np.ndarray: # sorted positions
-    "`n` positions of `labels` at random, every class in its share"
+    "`n` positions of `labels` (all, if there are fewer) at random, every class in its share"
     labels = np.asarray(labels, dtype=str)
+    n = min(n, len(labels))
     order = np.random.default_rng(seed).permutation(len(labels))
     order = order[np.argsort(labels[order], kind='stable')]
     return np.sort(order[np.floor((np.arange(n)+.5)*len(order)/n).astype(int)]) if n else order[:0]
@@ -205,7 +206,7 @@ def late_problems(df:pd.DataFrame)->pd.Series:
     "What is wrong with the rows of `df` that shows only beside others; None where nothing is"
     problem = pd.Series([None]*len(df), df.index, dtype=object)
     known = sorted(set(df.label[df.split=='train']))
-    odd = ~df.label.isin(known)
+    odd = ~df.label.isin(known) if known else problem.notna()
     names = ', '.join(known[:9])+(' ...' if len(known)>9 else '')
     problem[odd] = [f'unknown label {l!r}: the labels in training are {names}' for l in df.label[odd]]
     key = df.text+'\0'+df.text_b.fillna('')
@@ -214,6 +215,7 @@ def late_problems(df:pd.DataFrame)->pd.Series:
     problem[both] = [f'in {s}, but also in test ({test[k]})' for s,k in zip(df.split[both], key[both])]
     return problem
 
+# %% ../nbs/04c_text_data.ipynb #45a16075
 def say_problems(bad:pd.DataFrame, n:int, task:str, show:int=5)->str:
     "The rows `bad` out of `n`, the first ones in full"
     lines = [f"  {w}: {p}" for w,p in zip(bad['where'][:show], bad.problem)]
@@ -224,7 +226,10 @@ def check_rows(df:pd.DataFrame, task:str, where, seed:int=0, drop:bool=False, # 
               )->pd.DataFrame:
     "`df` with its splits made; TextError names file and row of what cannot be used"
     first = df[df.problem.notna()]
-    good = make_splits(df[df.problem.isna()], where, seed) if len(first)<len(df) else df[:0]
+    try: good = make_splits(df[df.problem.isna()], where, seed) if len(first)<len(df) else df[:0]
+    except TextError:
+        if first.empty: raise
+        good = df[:0]                                        # what is wrong with the rows matters more
     late = late_problems(good)
     repeated = late.str.startswith('in ', na=False)
     if keep and repeated.any():
