@@ -175,16 +175,16 @@ def read_hub(task:str)->pd.DataFrame:
 
 # %% ../nbs/04c_text_data.ipynb #5e227d6f
 def stratified(labels, n:int, seed:int=0)->np.ndarray: # sorted positions
-    "`n` positions of `labels` (all, if there are fewer) at random, every class in its share"
+    "`n` positions of `labels` at random, every class in its share"
     labels = np.asarray(labels, dtype=str)
-    n = min(n, len(labels))
     order = np.random.default_rng(seed).permutation(len(labels))
     order = order[np.argsort(labels[order], kind='stable')]
     return np.sort(order[np.floor((np.arange(n)+.5)*len(order)/n).astype(int)]) if n else order[:0]
 
 def move(df:pd.DataFrame, split:str, to:str, n:int, seed:int)->pd.DataFrame:
-    "`df` with `n` rows of `split` moved to another, and with them all that have the same text"
+    "`df` with `n` rows of `split` (half of them, at most) moved to another, and with them all that have the same text"
     idx = df.index[df.split==split]
+    n = min(n, len(idx)//2)
     key = df.text+'\0'+df.text_b.fillna('')
     chosen = key[idx[stratified(df.label[idx], n, seed)]]
     return df.assign(split=df.split.mask((df.split==split)&key.isin(chosen), to))
