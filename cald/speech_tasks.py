@@ -27,7 +27,7 @@ from transformers.utils import logging as hf_logging
 from .corpora import digit_files,digits_manifest,read_slurp,read_tedlium,read_voxceleb
 from .runs import check_name,digest,hash_files,write_atomic
 from .sources import front_end,shipped,standardise
-from .speech_data import check_manifest,data_hash,generate,load_audio,read_manifest
+from .speech_data import check_manifest,cnn_frames,data_hash,generate,load_audio,read_manifest
 from .voices import RATE
 
 # %% ../nbs/05c_speech_tasks.ipynb #b589d9a8
@@ -123,11 +123,13 @@ class SpeechDataset(torch.utils.data.Dataset):
     def __len__(self): return len(self.df)
     def __getitem__(self, i): return dict(input_values=torch.as_tensor(self.frames[i]), samples=int(self.df.samples[i]), labels=self.ys[i])
 
-def collate(items)->dict:
+def collate(items, least:int=RATE//2)->dict: # least: samples, since Hugging Face's SpecAugment refuses batches shorter than its mask
     "Pad to the longest: input_values (batch, frames, channels) or (batch, samples), attention_mask (batch, samples), labels (batch, n) with -100"
     n = torch.tensor([o['samples'] for o in items])
-    pad = nn.utils.rnn.pad_sequence
-    return dict(input_values=pad([o['input_values'] for o in items], batch_first=True), attention_mask=(torch.arange(n.max()) < n[:,None]).long(),
+    pad,longest = nn.utils.rnn.pad_sequence,max(least, int(n.max()))
+    x = pad([o['input_values'] for o in items], batch_first=True)
+    short = max(0, (longest if x.dim()==2 else cnn_frames(longest))-x.shape[1]) if longest==least else 0
+    return dict(input_values=F.pad(x, (0,short) if x.dim()==2 else (0,0,0,short)), attention_mask=(torch.arange(longest) < n[:,None]).long(),
                 labels=pad([o['labels'] for o in items], batch_first=True, padding_value=-100))
 
 # %% ../nbs/05c_speech_tasks.ipynb #89f583d7

@@ -106,11 +106,12 @@ def test_readme_links_every_notebook():
     assert not [f.name for f in nbs if f.stem!='index' and f'](nbs/{f.name})' not in text]
 
 def measured():
-    "Every number of the CSV files of results"
+    "Every number of the CSV files of results, and half the width of every interval"
     for f in [*(root/'paper_figures').glob('*.csv'), *(root/'cald/data').glob('*.csv')]:
-        for row in csv.reader(f.open(encoding='utf-8')):
-            for cell in row:
+        for row in csv.DictReader(f.open(encoding='utf-8')):
+            for cell in row.values():
                 for v in re.findall(r'-?\d+\.?\d*(?:e-?\d+)?', cell): yield float(v)
+            if row.get('low') and row.get('high'): yield (float(row['high'])-float(row['low']))/2
 
 def unsupported(text, known):
     "Percentages and decimals in the prose and tables of `text` that no CSV holds, to the digits that are given"
