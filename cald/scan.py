@@ -289,9 +289,10 @@ def built_file()->Path:
 
 # %% ../nbs/00a_scan.ipynb #d1b3f489
 def compiler()->list:
-    "The command that `CXX` holds, else the first C++ compiler found; OSError if there is none"
+    "The command that `CXX` holds, else the first C++ compiler found; OSError if there is no such program"
     found = shlex.split(os.environ.get('CXX', '')) or [c for c in ('c++','g++','clang++') if shutil.which(c)][:1]
     if not found: raise OSError('no C++ compiler was found (c++, g++ or clang++; CXX may name another)')
+    if not shutil.which(found[0]): raise OSError(f'CXX names {found[0]}, which is no program')
     return found
 
 def build(path:Path, limit:float=300.): # seconds that a compiler may take

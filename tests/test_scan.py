@@ -307,7 +307,7 @@ def test_options_that_a_compiler_refuses_are_left_out(cache, monkeypatch, caplog
 
 def reasons(cache, monkeypatch):
     own = cache.parents[1]
-    yield dict(CXX='/nonexistent/c++'), 'FileNotFoundError.*nonexistent'
+    yield dict(CXX='/nonexistent/c++'), 'OSError: CXX names /nonexistent/c.., which is no program'
     yield dict(CXX='', PATH=str(own)), 'no C.. compiler was found'
     yield dict(CXX=wrapper(own, 'echo "scan.cpp:1: error: I cannot" >&2; exit 1')), 'the build failed: scan.cpp:1: error: I cannot'
     yield dict(CXX='"c++'), 'ValueError: No closing quotation'
