@@ -39,7 +39,7 @@ def errors(args, f=cpp_scan):
 def close(args, f=cpp_scan):
     e = errors(args, f)
     out,grad = (1e-6,1e-5) if args[0].dtype==torch.float32 else (1e-12,1e-11)
-    assert max(e[:2])<out and max(e[2:])<grad, e
+    assert all(x<out for x in e[:2]) and all(x<grad for x in e[2:]), e # NaN too fails
 
 # --- values and gradients ------------------------------------------------------------------------------------------------------------
 
@@ -328,8 +328,9 @@ def test_what_goes_wrong_is_the_reason(cache, monkeypatch):
         for f in cache.glob('*'): f.unlink()   # fails on what a build left
     assert new_library()[0] is not None
 
+@needs_cpp
 def test_a_compiler_that_hangs_is_given_up(cache, monkeypatch, tmp_path):
-    monkeypatch.setenv('CXX', wrapper(tmp_path, 'exec sleep 60') if library()[0] else 'sleep 60')
+    monkeypatch.setenv('CXX', wrapper(tmp_path, 'exec sleep 60'))
     start = time.time()
     monkeypatch.setattr(scan, 'build', functools.partial(scan.build, limit=.5))
     lib,why = new_library()
