@@ -84,10 +84,11 @@ def _say(device, name):
     log = logging.getLogger(__name__)
     slow = device=='cuda' and name=='torch'
     hint = '; `pip install cald[cuda]` brings the faster kernels of mamba_ssm' if slow else ''
-    log.log(logging.WARNING if slow else logging.INFO, f'Mamba runs by {name} on {device}{hint}')
+    who = 'Mamba2 runs' if device=='cpu' else 'Mamba and Mamba2 run' # on a CPU, `scan_backend` says what runs Mamba
+    log.log(logging.WARNING if slow else logging.INFO, f'{who} by {name} on {device}{hint}')
 
 def backend(device='cpu')->str:
-    "What runs the scans on `device`: 'mamba_ssm' or 'torch'; logged once for each kind of device"
+    "What runs the scans on `device`: 'mamba_ssm' or 'torch' (Mamba's on a CPU: see `cald.scan`); logged once for each kind of device"
     kind = torch.device(device).type
     name = 'mamba_ssm' if kind=='cuda' and kernels() else 'torch'
     _say(kind, name)
@@ -218,10 +219,13 @@ def selective_scan_recurrence(u:Tensor,  # (batch, length, d_inner)
 def selective_scan(u, dt, A, B, C, D=None, state=None, # as in `selective_scan_recurrence`
                    chunk:int=32, # positions at a time
                   )->tuple:
-    "`selective_scan_recurrence` with all chunks stepping at once, and what earlier chunks left added afterwards"
+    "`selective_scan_recurrence` by a kernel, or with all chunks stepping at once, and what earlier chunks left added afterwards"
     if backend(u.device)=='mamba_ssm' and u.dtype==torch.float32 and state is None:
         y,S = kernels().scan(*(t.mT.contiguous() for t in (u,dt)), A, *(t.mT.contiguous() for t in (B,C)), D, return_last_state=True)
         return y.mT,S
+    if u.device.type=='cpu':
+        from cald.scan import cpp_scan,scan_backend # not before it is wanted
+        if scan_backend()=='cpp': return cpp_scan(u, dt, A, B, C, D, state, chunk)
     l,(m,q) = u.shape[1],even_chunks(u.shape[1], chunk)
     dtc,x,Bc,Cc = (into_chunks(t, m, q) for t in (dt, dt*u, B, C))
     S = (u.new_zeros(u.shape[0], *A.shape) if state is None else state)

@@ -15,7 +15,9 @@ LENGTHS = (1,2,63,64,65,255,257)
 f64 = torch.float64
 
 @pytest.fixture(autouse=True)
-def seed(): torch.manual_seed(0)
+def seed(monkeypatch):
+    torch.manual_seed(0)
+    monkeypatch.setenv('CALD_SCAN', 'torch')  # the chunks of Mamba's scan; its C++ has test_scan.py
 
 def ssd_inputs(b=2, l=10, h=4, p=3, g=2, n=5, fade=1., dt=2, dtype=f64):
     x,t,A,B,C,D = (torch.randn(s, dtype=f64) for s in [(b,l,h,p),(b,l,h),(h,),(b,l,g,n),(b,l,g,n),(h,)])
