@@ -125,11 +125,10 @@ class SpeechDataset(torch.utils.data.Dataset):
 
 def collate(items, least:int=RATE//2)->dict: # least: samples, since Hugging Face's SpecAugment refuses batches shorter than its mask
     "Pad to the longest: input_values (batch, frames, channels) or (batch, samples), attention_mask (batch, samples), labels (batch, n) with -100"
-    n = torch.tensor([o['samples'] for o in items])
-    pad,longest = nn.utils.rnn.pad_sequence,max(least, int(n.max()))
+    n,pad = torch.tensor([o['samples'] for o in items]),nn.utils.rnn.pad_sequence
     x = pad([o['input_values'] for o in items], batch_first=True)
-    short = max(0, (longest if x.dim()==2 else cnn_frames(longest))-x.shape[1]) if longest==least else 0
-    return dict(input_values=F.pad(x, (0,short) if x.dim()==2 else (0,0,0,short)), attention_mask=(torch.arange(longest) < n[:,None]).long(),
+    short = max(0, (least if x.dim()==2 else cnn_frames(least))-x.shape[1])
+    return dict(input_values=F.pad(x, (0,short) if x.dim()==2 else (0,0,0,short)), attention_mask=(torch.arange(max(least, n.max())) < n[:,None]).long(),
                 labels=pad([o['labels'] for o in items], batch_first=True, padding_value=-100))
 
 # %% ../nbs/05c_speech_tasks.ipynb #89f583d7
