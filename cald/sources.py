@@ -167,7 +167,7 @@ def read_log(path:Path)->list:
 # %% ../nbs/09_sources.ipynb #148150aa
 def save_state(path:Path, net, opt, step:int, seconds:float):
     "Weights, the optimiser's moments and the step, in one safetensors file, written whole or not at all"
-    t = {f'net.{k}':v.contiguous() for k,v in net.state_dict().items()}
+    t = {f'net.{k}':v.clone(memory_format=torch.contiguous_format) for k,v in net.state_dict().items()} # tied weights share memory
     for i,s in opt.state_dict()['state'].items(): t.update({f'opt.{i}.{k}':v.contiguous() for k,v in s.items()})
     part = Path(f'{path}.tmp')
     save_file(t, part, metadata=dict(step=str(step), seconds=str(seconds)))
@@ -199,6 +199,7 @@ def pretrain(r:Recipe, train:Corpus, held:Corpus, folder:Path, # of state.safete
              max_seconds:float=None,  # stop early
              each=None,               # called with (net, row) after each row of the log
              net:nn.Module=None,      # default `build(r)`
+             draw=draw, evaluate=evaluate, # of another kind of corpus
             )->nn.Module:
     "Train recipe `r` on `train`"
     folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
