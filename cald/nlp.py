@@ -172,5 +172,5 @@ def table4(tasks, scale:str, **overrides)->pd.DataFrame:
             s = {**s, 'lr_teacher':s['lr_teacher'] or s['lr'], 'lr_unguided':CHOSEN.get(scale, {}).get('unguided', {}).get(t, s['lr_student'])}
             theirs = paper.get((Nlp.tasks[t].title.split(',')[0], column)) if column else None
             ours = f'{s[key]:.6g}' if isinstance(s[key], float) else s[key]
-            rows.append(dict(setting=name, task=t, paper=theirs, ours=ours, how=how[scale=='paper']))
+            rows.append(dict(setting=name, task=t, paper=theirs, ours=ours, how='given' if key in overrides else how[scale=='paper']))
     return pd.DataFrame(rows)
