@@ -79,9 +79,9 @@ def smoke_source(folder, seed:int=0)->str:
     if (path/'model.safetensors').exists(): return str(path)
     bpe = ByteLevelBPETokenizer()
     bpe.train_from_iterator(read_docs(folder, SMALL).text, vocab_size=400, special_tokens=['<|endoftext|>','<|padding|>'], show_progress=False)
-    seed_all(seed)
+    seed_all(1000+seed) # not a seed of the runs, whose random weights would be these
     cfg = GPTNeoXConfig(vocab_size=bpe.get_vocab_size(), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
-                        max_position_embeddings=64, tie_word_embeddings=True, bos_token_id=0, eos_token_id=0)
+                        max_position_embeddings=64, tie_word_embeddings=True, bos_token_id=0, eos_token_id=0, pad_token_id=1)
     path.mkdir(parents=True, exist_ok=True)
     save_tokenizer(bpe, path)
     GPTNeoXForCausalLM(cfg).save_pretrained(path)
@@ -232,16 +232,16 @@ class Lm(Experiment):
     student = (*Experiment.student, 'd_state', 'd_inner', 'dt_rank', 'random_student', 'rows', 'share')
 
     def read(self, tasks:list, source:str, cache, scale:str='demo', path:str='', seed:int=0, **over)->dict: # over: of `LmRecipe`
-        "The `LmData` of each of `tasks`"
+        "The `LmData` of each of `tasks`, which are all cut from the same rows"
         rs = {t: LmRecipe(**settings(cell(t, scale=scale, **over))) for t in tasks}
         r,cfg = next(iter(rs.values())),lm_config(source)
-        self.processor = AutoTokenizer.from_pretrained(find_source(source))
-        parts,name,hash_ = read_rows(path, self.processor, cache, scale, r, seed)
+        self.tokenizer = AutoTokenizer.from_pretrained(find_source(source))
+        parts,name,hash_ = read_rows(path, self.tokenizer, cache, scale, r, seed)
         have = min(max(r.rows, 0) or len(parts['train']), len(parts['train']))
         n = {t: round(have*q.share) for t,q in rs.items()}
         if short := [t for t in tasks if not n[t]]: raise TextError(f'{name}: {have} rows of {r.length} tokens leave none for the budget {short[0]!r}')
         check_rows(parts, cfg, r.length, max(n.values()), source, name)
-        held = {s: Rows(parts[s], k, r.judge_batch, self.processor) for s,k in (('dev',r.dev_rows),('test',r.test_rows))}
+        held = {s: Rows(parts[s], k, r.judge_batch, self.tokenizer) for s,k in (('dev',r.dev_rows),('test',r.test_rows))}
         path = Path(find_source(source))
         key = digest([hash_, r.length, r.dev_rows, r.test_rows, hash_files(*path.glob('*.safetensors'), path/'config.json') if path.exists() else source])
         def about(t): return dict(data=name, rows=n[t], tokens=n[t]*r.length, epochs=rs[t].steps_student*r.batch*r.accumulate/n[t],
