@@ -7,7 +7,8 @@ from packaging.requirements import Requirement
 
 import cald.text as text, cald.text_data as text_data
 from cald.text import CORPUS, PACKAGES, SIZES, SMALL, differing, documents, read_docs, read_stand_in, stand_in
-from cald.text_data import HUB, TextError, Tokens, pack, read_lm, read_text_task, write_tokens
+from cald.text_data import HUB, TextError, read_text_task
+from cald.tokens import Tokens, pack, read_lm, write_tokens
 
 TREE = Path(__file__).parent.parent
 ENV = {**os.environ, 'PYTHONPATH': os.pathsep.join([str(TREE), os.environ.get('PYTHONPATH', '')])}
