@@ -281,9 +281,10 @@ def zero_shot(model, tokenizer, tasks:list, # names
     except ImportError as e: raise ImportError("zero-shot tasks need lm-eval: pip install 'cald[eval]'") from e
     was,model = model.training,model.eval()
     lm = HFLM(pretrained=model, tokenizer=tokenizer, backend='causal', batch_size=batch_size)
-    found = simple_evaluate(lm, tasks=list(tasks), num_fewshot=0, limit=limit, log_samples=False, bootstrap_iters=0,
+    found = simple_evaluate(lm, tasks=list(tasks), num_fewshot=0, limit=limit, log_samples=False,
                             task_manager=TaskManager(include_path=task_folder and str(task_folder)))
     model.train(was)
     rows = [(t, k.removesuffix(',none'), v, m.get(k.replace(',', '_stderr,')), found['n-samples'].get(t, {}).get('effective'))
             for t,m in found['results'].items() for k,v in m.items() if isinstance(v, (int,float)) and '_stderr' not in k and ',' in k]
-    return pd.DataFrame(rows, columns=['task','metric','value','stderr','n'])
+    df = pd.DataFrame(rows, columns=['task','metric','value','stderr','n'])
+    return df.assign(stderr=pd.to_numeric(df.stderr, errors='coerce'))
