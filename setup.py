@@ -18,6 +18,6 @@ setup(
     packages=find_packages(include=[lib, lib+'.*']), zip_safe=False,
     include_package_data=False, package_data={lib: ['checkpoints/**/*', 'data/**/*']},
     install_requires=words('requirements'),
-    extras_require={k: words(k+'_requirements') for k in ('demo','minilm','cuda','dev')},
+    extras_require={k: words(k+'_requirements') for k in ('demo','minilm','eval','cuda','dev')},
     entry_points=dict(nbdev=[f'{lib}={lib}._modidx:d'], console_scripts=words('console_scripts')),
 )
