@@ -250,10 +250,10 @@ def train(self:Experiment, reads:dict, # arguments of `read`
           store, retrain:bool=False, workers:int=1)->pd.DataFrame: # with the column `row`
     "Train what is missing of a grid by `workers` processes, and return all results"
     rows,cells = zip(*self.grid(**what))
-    own = type(self).__module__ if type(self).__module__!='__main__' else self.modules[-1] # a notebook's class is in the module that it exports
     n = max(1, min(workers, sum(not store.run(c, data[c.task].hash).done for c in cells)))
-    with helpers(n-1, 'cald.experiment:help_train', store.root, experiment=f'{own}:{type(self).__name__}', reads=reads, what=what,
-                 runs=str(store.root), retrain=retrain, workers=n):
+    home = self.modules[-1] if type(self).__module__=='__main__' else type(self).__module__ # a notebook's class is in what it exports
+    with helpers(n-1, 'cald.experiment:help_train', store.root, experiment=f'{home}:{type(self).__name__}', reads=reads, what=what, runs=str(store.root),
+                 retrain=retrain, workers=n):
         return self.train_cells(cells, data, store, retrain, n).assign(row=rows)
 
 # %% ../nbs/03c_experiment.ipynb #5ab60b14

@@ -152,7 +152,7 @@ def test_judging_does_not_depend_on_the_batch_and_leaves_the_model_as_it_was(sou
 def test_zero_shot_is_what_the_model_says(source, tmp_path):
     if importlib.util.find_spec('lm_eval') is None: pytest.skip('lm-eval is not installed (extra `eval`)')
     m,tok,n = convert(load_lm(source), to='mamba', seed=0),AutoTokenizer.from_pretrained(source),24
-    ends,right = [' the',' of'],[int(i%3==0) for i in range(n)]
+    ends,right = ['the','of'],[int(i%3==0) for i in range(n)]
     (tmp_path/'d.jsonl').write_text('\n'.join(json.dumps(dict(start=f'Row {i} is', ends=ends, right=r)) for i,r in enumerate(right)))
     (tmp_path/'mini.yaml').write_text(f'''task: mini
 dataset_path: json
@@ -165,7 +165,7 @@ doc_to_target: "{{{{right}}}}"
 metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
 ''')
     def likely(start, end):
-        a,b = tok(start)['input_ids'],tok(start+end)['input_ids']
+        a,b = tok(start)['input_ids'],tok(f'{start} {end}')['input_ids'] # the harness puts the space between
         p = m(torch.tensor([b])).logits.log_softmax(-1)[0]
         return sum(p[t-1,b[t]].item() for t in range(len(a), len(b)))
     want = np.mean([(likely(f'Row {i} is', ends[1])>likely(f'Row {i} is', ends[0]))==r for i,r in enumerate(right)])
