@@ -1,7 +1,7 @@
 "Generation with states in place of keys and values: in pieces, in batches, by beams, and all that must be refused."
 import copy, functools
 
-import pytest, torch, transformers
+import pytest, torch, torch.nn.functional as F, transformers
 from transformers import (AutoModelForCausalLM, DynamicCache, GPTNeoXConfig, GPTNeoXForCausalLM, GPTNeoXModel, RobertaConfig,
                           RobertaForMaskedLM)
 
@@ -218,6 +218,31 @@ def test_generate_ends_where_it_should_and_takes_its_prompt_in_chunks_or_from_a_
     ends = out[0,N+2].item()                                             # a row that has ended goes on with pads, the others as before
     stopped = write(m, x, eos_token_id=ends)
     assert torch.equal(stopped, write(m, x, eos_token_id=ends, use_cache=False)) and not stopped[0,N+3:].any()
+
+@mixers
+@layouts
+def test_generate_goes_on_from_a_prompt_that_was_fed_in_pieces(to, layers):
+    "Against `generate` without a cache, and token by token against the model that reads all anew for each"
+    m,x = model(to, layers),prompts('left')
+    greedy,sampled = (write(m, x, use_cache=False, **WAYS[w]) for w in ('greedy','sampled'))
+    assert len(sampled[:,N:].unique())>8 # a student that says one thing only would agree with anything
+    for cut in ([1]*11,[1,2,8]):
+        ids,mask = x.values()
+        cache = fed(m, ids[:,:-1], mask[:,:-1], cut)[1]
+        assert torch.equal(write(m, x, past_key_values=copy.deepcopy(cache), **WAYS['sampled']), sampled)
+        for _ in range(8):
+            whole = m(ids, attention_mask=mask, position_ids=positions(mask), use_cache=False).logits[:,-1:]
+            step = m(ids[:,-1:], attention_mask=mask, position_ids=positions(mask)[:,-1:], past_key_values=cache).logits
+            close(step, whole)
+            ids,mask = torch.cat([ids, step.argmax(-1)], 1),F.pad(mask, (0,1), value=1)
+        assert torch.equal(ids, greedy)
+
+@mixers
+@layouts
+@pytest.mark.parametrize('way', ['beams','sampled_beams','several'])
+def test_a_prompt_in_chunks_is_written_on_as_without_a_cache(to, layers, way):
+    m,x = model(to, layers),prompts('left')
+    assert torch.equal(write(m, x, prefill_chunk_size=5, **WAYS[way]), write(m, x, use_cache=False, **WAYS[way]))
 
 @mixers
 def test_states_follow_the_rows(to):

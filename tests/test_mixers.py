@@ -6,8 +6,10 @@ import pytest, torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForSequenceClassification, RobertaConfig, RobertaForSequenceClassification
 
 from cald import mixers
+from cald.convert import convert
 from cald.mixers import (Bidirectional, LinformerProjection, Mamba, Mamba2, backend, causal_conv, linformer_attention, mix_rows, padding_mask,
                          reverse_padded, selective_scan, selective_scan_recurrence, ssd, ssd_recurrence)
 
@@ -479,3 +481,85 @@ def test_two_models_share_nothing(share):
             for p in m.parameters(): p.add_(1)
     assert all(torch.equal(t, b) for t,b in zip((t for m in two for t in m(8)), before))
     assert not torch.equal(one[0].E-1, two[0].E)
+
+# --- Linformer in a model ----------------------------------------------------------------------------------------------------------
+
+def roberta(length=12):
+    torch.manual_seed(0)
+    return RobertaForSequenceClassification(RobertaConfig(vocab_size=30, hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=24,
+        max_position_embeddings=length+2, initializer_range=0.5, hidden_dropout_prob=0., attention_probs_dropout_prob=0.)).double().eval()
+
+def texts(*lengths):
+    mask = torch.arange(max(lengths))<torch.tensor(lengths)[:,None]
+    return dict(input_ids=torch.randint(2, 30, mask.shape).where(mask, 1), attention_mask=mask.long(), labels=torch.arange(len(lengths))%2)
+
+def attentions(m): return [l.attention.self for l in m.roberta.encoder.layer]
+
+@pytest.mark.parametrize('share', ('none','kv','layer'))
+def test_a_converted_roberta_attends_by_the_formula_with_its_own_query_key_and_value(share):
+    m,lengths,got = roberta(),(9,5,1),[]
+    s = convert(m, to='linformer', k=3, share=share, seed=0)
+    hooks = [a.register_forward_hook(lambda mod, args, kw, out: got.append((args[0] if args else kw['hidden_states'], out[0])), with_kwargs=True)
+             for a in attentions(s)]
+    with torch.no_grad(): s(**texts(*lengths))
+    assert len(got)==len(hooks)==3
+    for (x,y),old,new in zip(got, attentions(m), attentions(s)):
+        E,F_ = new.mixer.E,(new.mixer.F if share=='none' else new.mixer.E)
+        for i,n in enumerate(lengths):
+            for head in (slice(0,8),slice(8,16)):
+                q,k,v = (f(x[i,:n])[:,head] for f in (old.query,old.key,old.value))
+                want = (q@(E[:n].T@k/math.sqrt(n)).T/math.sqrt(8)).softmax(-1)@(F_[:n].T@v/math.sqrt(n))
+                torch.testing.assert_close(y[i,:n,head], want, rtol=1e-10, atol=1e-12)
+
+@pytest.mark.parametrize('share', ('none','kv','layer'))
+def test_a_roberta_with_a_slot_for_each_token_is_the_roberta(share):
+    m,n = roberta(),7
+    s,x = convert(m, to='linformer', k=n, share=share, seed=0),texts(n, n, n)
+    with torch.no_grad():
+        for a in attentions(s):
+            for p in a.mixer.parameters(): p.zero_()[:n] = n**0.5*torch.eye(n, dtype=f64)
+        want,got = (f(**x, output_hidden_states=True) for f in (m,s))
+        short = s(**texts(n-1)).logits-m(**texts(n-1)).logits # one slot is empty and takes part
+    for a,b in zip((got.logits,*got.hidden_states), (want.logits,*want.hidden_states)): torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+    assert short.abs().max()>1e-3
+
+def storages(m): return {p.untyped_storage().data_ptr() for p in m.parameters()}
+def matrices(m): return {t.data_ptr() for a in attentions(m) for t in a.mixer(4)}
+def descend(m, x, opt=None):
+    opt = torch.optim.SGD(m.parameters(), lr=0.5)
+    m(**x).loss.backward()
+    grads = {n: p.grad.clone() for n,p in m.named_parameters(remove_duplicate=False)}
+    opt.step()
+    return grads
+
+def test_all_layers_of_a_model_have_one_matrix_and_no_two_models_do(tmp_path):
+    "Made from one source with one seed, of another size, copied, and read from one folder; before and after a step of training"
+    m,x = roberta(),texts(9, 5, 1)
+    made = dict(one=convert(m, to='linformer', k=3, share='layer', seed=0), twin=convert(m, to='linformer', k=3, share='layer', seed=0),
+                wide=convert(m, to='linformer', k=5, share='layer', seed=0))
+    made['one'].save_pretrained(tmp_path)
+    for n in ('read','again'): made[n] = AutoModelForSequenceClassification.from_pretrained(tmp_path, dtype=f64).eval()
+    made['copy'] = copy.deepcopy(made['one'])
+    def apart():
+        assert sum(map(len, map(storages, made.values())))==len(set.union(*map(storages, made.values())))
+        assert [len(matrices(s)) for s in made.values()]==[1]*len(made) and len(set.union(*map(matrices, made.values())))==len(made)
+    apart()
+    before = {n: [p.detach().clone() for p in s.parameters()] for n,s in made.items()}
+    one = attentions(made['one'])[0].mixer.E
+    untied = convert(m, to='linformer', k=3, share='none', seed=1)
+    with torch.no_grad():
+        for a in attentions(untied): a.mixer.E.copy_(one); a.mixer.F.copy_(one)
+    parts = [g for n,g in descend(untied, x).items() if '.mixer.' in n]
+    grad = descend(made['one'], x)['roberta.encoder.layer.2.attention.self.mixer.E']
+    assert len(parts)==6
+    torch.testing.assert_close(grad, sum(parts), rtol=1e-10, atol=1e-14) # each layer's keys and values have their say
+    for n,s in made.items():
+        kept = [torch.equal(p, q) for p,q in zip(s.parameters(), before[n])]
+        assert not any(kept) if n=='one' else all(kept), n
+    apart()
+    made['one'].save_pretrained(tmp_path/'later')
+    made['later'] = AutoModelForSequenceClassification.from_pretrained(tmp_path/'later', dtype=f64).eval()
+    apart()
+    for s in (made['one'],made['later']): s.zero_grad(); descend(s, x)
+    for p,q in zip(made['one'].parameters(), made['later'].parameters(), strict=True): assert torch.equal(p, q)
+    apart()
