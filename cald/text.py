@@ -212,7 +212,7 @@ def collect(packages)->list: # rows of `COLUMNS`
     return rows
 
 # %% ../nbs/04_text.ipynb #c79a5783
-BUILD = 1 # raise it whenever the same files would give another corpus
+BUILD = 2 # raise it whenever the same files would give another corpus or other stand-ins
 CORPUS = '60f2b6768ef12bc2a0e301027823b6b7253dd88af3cf38fc543b5667555c5905'
 
 def differing(packages=PACKAGES)->list:
@@ -294,13 +294,13 @@ def stems(text:str)->set:
 
 def about_the_question(docs:pd.DataFrame, each:int=2, # sentences of one documentation string, at most
                        seed:int=0)->pd.DataFrame:
-    "Stand-in for QNLI: does a sentence stand under this summary, or under another one in the file?"
+    "Stand-in for QNLI: does a sentence stand under this summary, or under another one in the package?"
     summary = one_sentence(docs, ['summary'], 4, 30).set_index('doc').text
     body = docs[(docs.role=='text')&docs.doc.isin(summary.index)]
     body = body.assign(text=[[s for s in sentences(t) if 6<=len(s.split())<=45] for t in body.text]).explode('text').dropna(subset='text')
     body = body[~body.text.str.lower().duplicated()]
     rng,rows,yes,no = np.random.default_rng(seed),[],'entailment','not_entailment'
-    for (_,split),g in body.groupby(['file','split'], sort=False):
+    for (_,split),g in body.groupby(['package','split'], sort=False):
         found = [(summary[k], [s for s in h.text if stems(s)&stems(summary[k])][:each]) for k,h in g.groupby('doc', sort=False)]
         found = [(question(q), ss) for q,ss in found if ss]
         order = rng.permutation(len(found))
