@@ -20,6 +20,7 @@ from .convert import convert
 from .distill import Distiller,checkpoints,delete_checkpoint,find_snapshots,seed_all
 from .guidance import Hybrid,Target,Trajectory,Unguided,Waypoint,loss_preset
 from .runs import Store,cell,check_name,helpers,settings,summarise,train_missing
+from .states import RecordStates
 
 # %% ../nbs/03c_experiment.ipynb #7ad52b3f
 @dataclass(frozen=True)
@@ -135,6 +136,7 @@ class Experiment:
     rows = {m: {} for m in MODES}    # name -> `mode` (default: the name) and overrides, perhaps {task: value}
     modules = ()                     # modules whose code decides the result
     metrics = {}                     # metric -> name in the table
+    record = 16                      # dev samples whose hidden states are recorded while a model trains; 0: none
     processor = None                 # tells Trainer which field of a sample has the length
     student = tuple('lr_student steps_student alpha alpha_output until loss teacher_train init'.split()) # settings that standard models have no use for
 
@@ -193,6 +195,12 @@ def ready(self:Experiment, c, r:Recipe, labels, standard=None # folder of the st
 
 # %% ../nbs/03c_experiment.ipynb #4fd17c99
 @patch
+def probe(self:Experiment, ds, n:int=None)->dict:
+    "A batch of `n` samples of `ds` (default: `record`), evenly spaced; the same for every run on this data"
+    n = min(n or self.record, len(ds))
+    return self.collate([ds[i*len(ds)//n] for i in range(n)])
+
+@patch
 def train_cell(self:Experiment, c, run, data, store)->dict:
     "Train cell `c`, or go on with it, and test it; returns the result and leaves the model in `run.folder`/model"
     r,task = self.recipe(**settings(c)),self.tasks[c.task]
@@ -207,6 +215,7 @@ def train_cell(self:Experiment, c, run, data, store)->dict:
                                  floor=r.floor if r.decay=='exponential' else None, eval_dataset=sets['dev'], data_collator=self.collate,
                                  processing_class=self.processor, progress='none')
         trainer.add_callback(LogTo(run))
+        if self.record: trainer.add_callback(RecordStates(run.folder/'states.safetensors', self.probe(sets['dev'])))
         trainer.train(resume=True)
         result = {f'dev_{task.metric}': trainer.state.best_metric, 'best_step': trainer.state.best_global_step}
     result |= self.judge(model, sets['test'])
