@@ -103,7 +103,7 @@ def training_args(r:Recipe, task, folder, seed:int, lr:float, steps:int)->Traini
     every = max(steps//r.evals, 1)
     return TrainingArguments(output_dir=str(folder), max_steps=steps, per_device_train_batch_size=r.batch, gradient_accumulation_steps=r.accumulate,
         learning_rate=lr, warmup_steps=round(r.warmup*steps), lr_scheduler_type='linear' if r.decay=='exponential' else r.decay, weight_decay=r.weight_decay,
-        max_grad_norm=1., bf16=r.bf16, eval_strategy='steps', save_strategy='steps', eval_steps=every, save_steps=every, logging_steps=every,
+        max_grad_norm=1., bf16=r.bf16, use_cpu=not torch.accelerator.is_available(), eval_strategy='steps', save_strategy='steps', eval_steps=every, save_steps=every, logging_steps=every,
         save_total_limit=1, load_best_model_at_end=True, metric_for_best_model=task.metric, greater_is_better=task.higher,
         train_sampling_strategy='group_by_length', seed=seed, data_seed=seed, report_to='none', remove_unused_columns=False)
 

@@ -42,10 +42,10 @@ class LmRecipe(Recipe):
 
 # %% ../nbs/04b_lm.ipynb #0b51215b
 _smoke = dict(batch=4, lr_student=1e-3, alpha=1., evals=2, rows=64, length=32, dev_rows=8, test_rows=16, d_state=4)
-_demo = dict(batch=16, lr_student=2e-3, alpha=10., evals=8, rows=12_800, length=128, warmup=.06, decay='cosine', weight_decay=.01)
+_demo = dict(batch=16, lr_student=2e-3, alpha=100., evals=5, rows=3200, test_rows=500, length=128, warmup=.06, decay='cosine', weight_decay=.01)
 _paper = dict(batch=8, accumulate=16, lr_student=3e-4, alpha=15., loss='paper-lm', evals=40, rows=2_928_640, length=2048, warmup=.03, decay='cosine',
               weight_decay=.1, bf16=True, teacher_train=True, judge_batch=4, test_rows=500, d_inner=5120, dt_rank=160)
-_steps = dict(small=(4,400,11440), medium=(8,800,22880), large=(16,1600,45760)) # of a student, by scale
+_steps = dict(small=(4,100,11440), medium=(8,200,22880), large=(16,400,45760)) # of a student, by scale
 SHARES = dict(small=.25, medium=.5, large=1.)
 
 for _t,_n in _steps.items():
