@@ -452,6 +452,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'cald.speech_tasks.find_source': ('speech_tasks.html#find_source', 'cald/speech_tasks.py'),
                                    'cald.speech_tasks.frame_count': ('speech_tasks.html#frame_count', 'cald/speech_tasks.py'),
                                    'cald.speech_tasks.frame_lengths': ('speech_tasks.html#frame_lengths', 'cald/speech_tasks.py'),
+                                   'cald.speech_tasks.label_items': ('speech_tasks.html#label_items', 'cald/speech_tasks.py'),
                                    'cald.speech_tasks.load_model': ('speech_tasks.html#load_model', 'cald/speech_tasks.py'),
                                    'cald.speech_tasks.load_trained': ('speech_tasks.html#load_trained', 'cald/speech_tasks.py'),
                                    'cald.speech_tasks.make_corpus': ('speech_tasks.html#make_corpus', 'cald/speech_tasks.py'),

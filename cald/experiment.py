@@ -163,7 +163,7 @@ class Experiment:
         raise NotImplementedError
     def mixer_args(self, mixer:str, r:Recipe)->dict: return {}
     def prepared(self, student): return student
-    def task_loss(self, model, labels): return None
+    def task_loss(self, model, labels): return None # with `total=True` a sum over the batch, if it is to work with a loss per item
     def trajectory(self, r:Recipe)->dict: return {}
 
 # %% ../nbs/03c_experiment.ipynb #41720860
@@ -208,10 +208,11 @@ def train_cell(self:Experiment, c, run, data, store)->dict:
     model,guidance = self.ready(c, r, labels, standard and standard.folder)
     sets,result = {s: self.part(data, task, s) for s in ('train','dev','test')},{}
     lr,n = r.of(c.mode)
+    total = dict(total=True) if loss_preset(r.loss).per=='item' else {} # the task loss then is a sum, too
     if n:
         args = training_args(r, task, run.folder/'train', c.seed, lr, n)
         steps = range(args.eval_steps, n+1, args.eval_steps) if c.mode=='standard' else ()
-        trainer = TableDistiller(model, args, sets['train'], guidance, self.task_loss(model, labels), snapshots=steps, judge=self.judge,
+        trainer = TableDistiller(model, args, sets['train'], guidance, self.task_loss(model, labels, **total), task_sum=bool(total), snapshots=steps, judge=self.judge,
                                  floor=r.floor if r.decay=='exponential' else None, eval_dataset=sets['dev'], data_collator=self.collate,
                                  processing_class=self.processor, progress='none')
         trainer.add_callback(LogTo(run))

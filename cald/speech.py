@@ -64,7 +64,7 @@ class Speech(Experiment):
     def load(self, folder): return load_trained(folder)
     def prepared(self, student): return take_frames(student)
     def mixer_args(self, mixer, r): return dict(d_state=r.d_state, headdim=r.headdim, expand=1) if mixer=='mamba2' else {}
-    def task_loss(self, model, labels): return speech_loss(model, labels)
+    def task_loss(self, model, labels, **total): return speech_loss(model, labels, **total)
     def collate(self, items): return collate(items)
     def judge(self, model, ds): return score(ds.labels, *predict(model, ds))
     def table(self, results, row='row'):

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['CHARS', 'TASKS', 'PAPER_DATA', 'SMOKE', 'NATIVE', 'Characters', 'Heads', 'Task', 'FrontEnd', 'take_frames',
-           'encode_audio', 'SpeechDataset', 'collate', 'frame_lengths', 'speech_loss', 'score', 'predict',
-           'find_source', 'quietly', 'load_model', 'load_trained', 'read_data', 'Corpus', 'read_audio', 'make_frames',
-           'frame_count', 'make_corpus']
+           'encode_audio', 'label_items', 'SpeechDataset', 'collate', 'frame_lengths', 'speech_loss', 'score',
+           'predict', 'find_source', 'quietly', 'load_model', 'load_trained', 'read_data', 'Corpus', 'read_audio',
+           'make_frames', 'frame_count', 'make_corpus']
 
 # %% ../nbs/05c_speech_tasks.ipynb #42184bad
 import os
@@ -114,38 +114,46 @@ def encode_audio(model, # a Wav2Vec2 model
     return [o[:int(base._get_feat_extract_output_lengths(len(a)))].numpy() for o,a in zip(out, audio)]
 
 # %% ../nbs/05c_speech_tasks.ipynb #b7177f80
+def label_items(row, labels)->int:
+    "Characters that the paper divides the loss of `row` by: those of its transcript, and 3 for a speaker's, which the reference replaces by '123'"
+    text = getattr(row, 'text', None)
+    return len(text) if isinstance(text, str) and (isinstance(labels, Characters) or 'speaker' not in labels.classes) else 3
+
 class SpeechDataset(torch.utils.data.Dataset):
     "Rows of the manifest `df` with their `frames` (or samples) and labels"
     def __init__(self, df, frames, labels):
         self.df,self.frames,self.labels = df.reset_index(drop=True),frames,labels
         ctc = isinstance(labels, Characters)
         self.ys = [torch.tensor(labels.encode(r.text if ctc else r._asdict())) for r in self.df.itertuples()]
+        self.items = [label_items(r, labels) for r in self.df.itertuples()]
     def __len__(self): return len(self.df)
-    def __getitem__(self, i): return dict(input_values=torch.as_tensor(self.frames[i]), samples=int(self.df.samples[i]), labels=self.ys[i])
+    def __getitem__(self, i):
+        return dict(input_values=torch.as_tensor(self.frames[i]), samples=int(self.df.samples[i]), labels=self.ys[i], num_items=self.items[i])
 
 def collate(items, least:int=RATE//2)->dict: # least: samples, since Hugging Face's SpecAugment refuses batches shorter than its mask
-    "Pad to the longest: input_values (batch, frames, channels) or (batch, samples), attention_mask (batch, samples), labels (batch, n) with -100"
+    "Pad to the longest: input_values (batch, frames, channels) or (batch, samples), attention_mask (batch, samples), labels (batch, n) with -100, num_items (batch,)"
     n,pad = torch.tensor([o['samples'] for o in items]),nn.utils.rnn.pad_sequence
     x = pad([o['input_values'] for o in items], batch_first=True)
     short = max(0, (least if x.dim()==2 else cnn_frames(least))-x.shape[1])
     return dict(input_values=F.pad(x, (0,short) if x.dim()==2 else (0,0,0,short)), attention_mask=(torch.arange(max(least, n.max())) < n[:,None]).long(),
-                labels=pad([o['labels'] for o in items], batch_first=True, padding_value=-100))
+                labels=pad([o['labels'] for o in items], batch_first=True, padding_value=-100),
+                num_items=torch.tensor([o.get('num_items', len(o['labels'])) for o in items]))
 
 # %% ../nbs/05c_speech_tasks.ipynb #89f583d7
 def frame_lengths(model, batch)->Tensor: # (batch,)
     "Number of valid frames of each utterance of `batch`"
     return model._get_feat_extract_output_lengths(batch['attention_mask'].sum(-1)).long()
 
-def speech_loss(model, labels):
+def speech_loss(model, labels, total:bool=False): # total: the sum over the batch, for the paper's convention
     "The task loss of `model`: a function of its outputs and the batch"
     def ctc(out, batch):
         y = batch['labels']
         logp = F.log_softmax(out.logits.float(), -1).transpose(0,1)
         loss = F.ctc_loss(logp, y.clamp(min=0), frame_lengths(model, batch), (y>=0).sum(1), reduction='sum')
-        return loss/(y>=0).sum()
+        return loss if total else loss/(y>=0).sum()
     def classes(out, batch):
         parts = labels.split(out.logits.float())
-        return sum(F.cross_entropy(p, y) for p,y in zip(parts, batch['labels'].T))/len(parts)
+        return sum(F.cross_entropy(p, y, reduction='sum' if total else 'mean') for p,y in zip(parts, batch['labels'].T))/len(parts)
     return ctc if isinstance(labels, Characters) else classes
 
 # %% ../nbs/05c_speech_tasks.ipynb #b8cf333e
