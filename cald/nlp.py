@@ -73,7 +73,7 @@ class Nlp(Experiment):
     "Table 1: RoBERTa and its Linformer students"
     tasks = {n: TextTask(n, f'{t}, accuracy %') for n,t in dict(qnli='QNLI', qqp='QQP', sst2='SST2', imdb='IMDB').items()}
     recipe,mixer = TextRecipe,'linformer'
-    rows = {'standard':{}, 'unguided':{}, 'unguided, source':dict(mode='unguided', init='source'), 'unguided, searched':dict(mode='unguided'), 'target':{}, 'target, source':dict(mode='target', init='source'),
+    rows = {'standard':{}, 'standard, random weights':dict(mode='standard', random=True), 'unguided':{}, 'unguided, source':dict(mode='unguided', init='source'), 'unguided, searched':dict(mode='unguided'), 'target':{}, 'target, source':dict(mode='target', init='source'),
             'trajectory':{}, 'waypoint':{}, 'hybrid':{}, 'random weights':dict(mode='unguided', init='source', random_student=True)}
     modules = [f'cald.{m}' for m in 'mixers students convert state guidance distill experiment text_tasks nlp'.split()]
     metrics = dict(accuracy='accuracy', f1='F1')
