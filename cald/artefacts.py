@@ -7,14 +7,14 @@ __all__ = ['ARTEFACTS', 'GROUPS', 'HOW', 'Artefact', 'select', 'nb_cells', 'defa
            'filled', 'data_hash', 'made_from', 'sources_of', 'stamp', 'other_params', 'other_code', 'other_inputs',
            'broken', 'judge', 'status', 'estimate_minutes']
 
-# %% ../nbs/07a_artefacts.ipynb #9239e253
+# %% ../nbs/07a_artefacts.ipynb #74ed72fe
 import ast,hashlib,json,os,re
 from dataclasses import dataclass,field
 from pathlib import Path
 import pandas as pd
 from .grid import check_name,digest,hash_files
 from .runs import unplaced
-from .store import code_hash,norm_ast,out_folder,read_json,runs_folder,state_of,tree,write_atomic,write_json
+from .store import code_hash,norm_ast,out_folder,read_json,runs_folder,state_of,tree,write_json
 from .text import PACKAGES,installed
 
 # %% ../nbs/07a_artefacts.ipynb #b1403e72

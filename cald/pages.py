@@ -37,12 +37,12 @@ def draw_formulas(text:str)->str:
         return re.sub(r'(?<![\\$\w])\$(?!\s)([^$\n]+?)(?<!\s)\$(?![\w$])', lambda m: formula(m[1]), s)
     return ''.join(s if s.startswith('`') else one(s) for s in re.split(r'(```.*?```|`[^`\n]*`)', text, flags=re.S))
 
-# %% ../nbs/07c_pages.ipynb #611f0cec
+# %% ../nbs/07c_pages.ipynb #27825760
 _style = """body{font:16px/1.55 system-ui,sans-serif;color:#222;max-width:60rem;margin:0 auto;padding:1rem 1.2rem 4rem}a{color:#1f5f8b}h1,h2,h3{line-height:1.25}
 pre{background:#f6f7f8;padding:.6rem .8rem;overflow-x:auto;font-size:13.5px;line-height:1.4;border-radius:4px}code{font-size:.92em}img{max-width:100%}.math{height:auto;max-width:none}
 .jp-InputPrompt,.jp-OutputPrompt,.anchor-link,.jp-Collapser{display:none}.jp-OutputArea-output pre{background:none;border-left:3px solid #d5dadf;border-radius:0;padding:.2rem .8rem}
 .table{overflow-x:auto}table{border-collapse:collapse;font-size:14px;margin:.6rem 0}th,td{padding:.25rem .7rem;text-align:left;border-bottom:1px solid #e3e6e9;vertical-align:top}
-.fresh,.agrees{color:#1c7a3e}.stale,.differs{color:#b3261e}.missing,.other{color:#777}figure{margin:1rem 0}figcaption,.note{color:#555;font-size:14px}nav{font-size:14px;margin-bottom:1.2rem}
+.one-line,td:first-child{white-space:nowrap}.fresh,.agrees{color:#1c7a3e}.stale,.differs{color:#b3261e}.missing,.other{color:#777}figure{margin:1rem 0}figcaption,.note{color:#555;font-size:14px}nav{font-size:14px;margin-bottom:1.2rem}
 blockquote{margin-left:0;padding-left:.8rem;border-left:3px solid #d5dadf;color:#444}.display{text-align:center}"""
 
 def page(title:str, body:str, css='', up='')->str:
@@ -51,7 +51,7 @@ def page(title:str, body:str, css='', up='')->str:
     return (f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1"><title>{html.escape(title)}</title>'
             f'<link rel="icon" href="data:,"><style>{css}{_style}</style></head><body>{nav}<main>{body}</main></body></html>\n')
 
-# %% ../nbs/07c_pages.ipynb #f17128f7
+# %% ../nbs/07c_pages.ipynb #1d35f6b7
 def notebook_page(path, shown=())->str: # shown: names of notebooks that have a page
     "Notebook `path` as a page; links to `shown` notebooks become links to their pages"
     from nbconvert import HTMLExporter
@@ -63,14 +63,15 @@ def notebook_page(path, shown=())->str: # shown: names of notebooks that have a 
         if c.cell_type=='markdown': c.source = draw_formulas(c.source)
         c.metadata = {}
     nb.metadata.setdefault('language_info', dict(name='python', pygments_lexer='ipython3'))
-    body,_ = HTMLExporter(template_name='basic').from_notebook_node(nb)
+    body,_ = HTMLExporter(template_name='basic', exclude_input_prompt=True, exclude_output_prompt=True).from_notebook_node(nb)
     body = re.sub(r'href="([^"#:]+\.ipynb)(#[^"]*)?"', lambda m: f'href="{Path(m[1]).stem}.html"' if Path(m[1]).name in shown else f'href="#" title="{m[1]} is not here"', body)
     return page(title, re.sub(r'<table', '<div class="table"><table', body).replace('</table>', '</table></div>'), HtmlFormatter().get_style_defs('.highlight'), '../')
 
-# %% ../nbs/07c_pages.ipynb #993ba157
+# %% ../nbs/07c_pages.ipynb #4c8bc737
 def frame(df, **kw)->str:
     "`df` as an HTML table; words that name a state get their colour"
     out = df.to_html(border=0, na_rep='', **kw).replace(' style="text-align: right;"', '')
+    out = re.sub(r'<td>([-+][\d.]+ \[.*?\])</td>', r'<td class="one-line">\1</td>', out)
     return '<div class="table">'+re.sub(r'<td>(fresh|stale|missing|agrees|differs)</td>', r'<td class="\1">\1</td>', out)+'</div>'
 
 def markdown(text:str)->str:
@@ -91,14 +92,14 @@ def result_section(a, folder, to)->str:
         out.append(f'<figure>{pic}<figcaption>{links}</figcaption></figure>')
     return ''.join(out)+'</section>'
 
-# %% ../nbs/07c_pages.ipynb #73a9cc46
+# %% ../nbs/07c_pages.ipynb #fea42d66
 def first_page(folder, store, results, notebooks:dict, cards:dict, artefacts)->str: # notebooks, cards: name -> link
     "The page that links to all others"
     state = status(folder, artefacts).drop(columns='retrain')
     git,links = git_state(),lambda d: '<ul>'+''.join(f'<li><a href="{v}">{html.escape(k)}</a></li>' for k,v in d.items())+'</ul>'
     differs = {a.notebook:deviations(a.path) for a in artefacts if a.path.exists()}
-    parts = dict(State=frame(state), **{'Paper against ours':'<p class="note">A plus means that the first is better. Demo scale is not comparable with the paper in size, only in direction.</p>'+frame(against_paper(folder), index=False),
-        'Tables and figures':''.join(result_section(a, folder, results) for a in artefacts) or '<p>None yet: <code>cald reproduce</code> makes them.</p>', 'Compute':frame(compute(folder, artefacts)),
+    parts = dict(State=frame(state.reset_index(), index=False), **{'Paper against ours':'<p class="note">A plus means that the first is better. Demo scale is not comparable with the paper in size, only in direction.</p>'+frame(against_paper(folder), index=False),
+        'Tables and figures':''.join(result_section(a, folder, results) for a in artefacts) or '<p>None yet: <code>cald reproduce</code> makes them.</p>', 'Compute':frame(compute(folder, artefacts).reset_index(), index=False),
         'What differs from the paper':''.join(f'<h3>{n}</h3>'+markdown('\n'.join(f'* {d}' for d in ds)) for n,ds in differs.items() if ds) or '<p>No list.</p>',
         'Converted models':links(cards) if cards else '<p>The run store has none.</p>', 'Notebooks':links(notebooks)})
     toc = ' · '.join(f'<a href="#{re.sub("[^a-z]+", "-", k.lower())}">{k}</a>' for k in parts)

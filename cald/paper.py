@@ -72,12 +72,11 @@ def tell_plan(todo, scale, seeds, workers, price=None)->list:
     if work: print(f"{len(work)} notebook{'s' if len(work)>1 else ''} to run, about {say_time(hours*60)} {what}{money}" + (', without those of unknown time' if None in known else ''))
     return work
 
-# %% ../nbs/08_paper.ipynb #82dc78a3
-_child = """import json,os,sys,threading
+# %% ../nbs/08_paper.ipynb #fbf7e4fb
+_child = """import json,os,sys,threading,psutil
 def end():
     "The parent is gone, or wants us to be: take kernel and helpers along"
     while os.read(0, 1): pass
-    import psutil
     for p in psutil.Process().children(recursive=True):
         try: p.kill()
         except psutil.Error: pass

@@ -95,12 +95,12 @@ def test_the_modules_of_an_artefact_are_those_that_its_notebook_imports(a):
     assert named<=reached
     assert reached-named<=NOT_COUNTED|(set() if 'speech' in named else FOR_SPEECH)
 
-# Processes that die. The project is a small one, whose notebook "trains" eight runs of a quarter of a second.
+# Processes that die. The project is a small one, whose notebook "trains" eight runs of half a second.
 
 cell = """import time
 from cald.runs import *
 scale_settings('toy-paper', demo=dict(steps=2))
-def fit(c, run): time.sleep(.25); return dict(score=float(c.seed))
+def fit(c, run): time.sleep(.6); return dict(score=float(c.seed))
 results = train_missing(grid(task='toy-paper', source='toy', mixer='none', mode='plain', scale=scale, seed=seeds), fit, Store(), 'points')
 write_table('toy', summarise(results, 'mode', 'task', 'score'), results, out_folder(out, scale), params=dict(scale=scale, seeds=seeds))"""
 run = "from cald.artefacts import Artefact; from cald.paper import reproduce; reproduce(seeds=8, artefacts=[Artefact('toy', 'A toy', 'toy', minutes=1)])"
