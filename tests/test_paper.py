@@ -95,7 +95,7 @@ def test_the_modules_of_an_artefact_are_those_that_its_notebook_imports(a):
     assert named<=reached
     assert reached-named<=NOT_COUNTED|(set() if 'speech' in named else FOR_SPEECH)
 
-# Processes that die. The project is a small one, whose notebook "trains" eight runs of half a second.
+# Processes that die. (A shell in the background lets its children ignore SIGINT, so they are told to heed it.) The project is a small one, whose notebook "trains" eight runs of half a second.
 
 cell = """import time
 from cald.runs import *
@@ -103,7 +103,7 @@ scale_settings('toy-paper', demo=dict(steps=2))
 def fit(c, run): time.sleep(.6); return dict(score=float(c.seed))
 results = train_missing(grid(task='toy-paper', source='toy', mixer='none', mode='plain', scale=scale, seed=seeds), fit, Store(), 'points')
 write_table('toy', summarise(results, 'mode', 'task', 'score'), results, out_folder(out, scale), params=dict(scale=scale, seeds=seeds))"""
-run = "from cald.artefacts import Artefact; from cald.paper import reproduce; reproduce(seeds=8, artefacts=[Artefact('toy', 'A toy', 'toy', minutes=1)])"
+run = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from cald.artefacts import Artefact; from cald.paper import reproduce; reproduce(seeds=8, artefacts=[Artefact('toy', 'A toy', 'toy', minutes=1)])"
 
 @pytest.fixture
 def toy(tmp_path):
@@ -156,7 +156,7 @@ def test_speech_at_smoke_scale_is_fresh_and_trains_once(copy, monkeypatch):
     assert not [f for f in (copy/'paper_figures').iterdir() if not (root/'paper_figures'/f.name).exists()]
 
 def test_a_checkout_of_another_cald_is_refused(copy):
-    r = cald('status', cwd=copy, path=root)
+    r = cald('status', cwd=copy/'nbs', path=root) # -c puts the working folder first on the path
     assert r.returncode==2 and 'not the one of this checkout' in r.stderr
 
 # The report in a real browser
