@@ -105,9 +105,9 @@ def test_readme_links_every_notebook():
     text = (root/'README.md').read_text(encoding='utf-8')
     assert not [f.name for f in nbs if f.stem!='index' and f'](nbs/{f.name})' not in text]
 
-def measured():
-    "Every number of the CSV files of results, and half the width of every interval"
-    for f in [*(root/'paper_figures').glob('*.csv'), *(root/'cald/data').glob('*.csv')]:
+def measured(names=None):
+    "Every number of the CSV files of results (of those with `names` only), and half the width of every interval"
+    for f in [*(f for f in (root/'paper_figures').glob('*.csv') if names is None or f.stem in names), *(root/'cald/data').glob('*.csv')]:
         for row in csv.DictReader(f.open(encoding='utf-8')):
             for cell in row.values():
                 for v in re.findall(r'-?\d+\.?\d*(?:e-?\d+)?', cell): yield float(v)
@@ -124,6 +124,31 @@ def unsupported(text, known):
 
 def test_numbers_in_readme_stand_in_a_csv():
     assert not unsupported((root/'README.md').read_text(encoding='utf-8'), list(measured()))
+
+def stated(f):
+    "Decimals that the code of notebook `f` has: settings, which its prose may name; where it has no table of its own, those of its outputs too"
+    from cald.artefacts import ARTEFACTS
+    text = [source(c) for c in cells(f)]
+    if f.stem not in {a.notebook for a in ARTEFACTS}: text += [json.dumps(o.get('text') or o.get('data', {}).get('text/plain', '')) for c in cells(f) for o in c['outputs']]
+    return [float(v) for v in re.findall(r'(?<![\w.])\d*\.\d+(?:e-?\d+)?|(?<![\w.])\d+\.?e-?\d+', '\n'.join(text))]
+
+def unsupported_in_notebook(f, md=None):
+    "Numbers in the prose of notebook `f` that no CSV holds, of its own tables where it makes any; formulas and section numbers are left out"
+    from cald.artefacts import ARTEFACTS
+    own = {r for a in ARTEFACTS if a.notebook==f.stem for r in a.results}
+    md = '\n\n'.join(map(source, cells(f, 'markdown'))) if md is None else md
+    md = re.sub(r'\$\$.+?\$\$|(?<!\w)\$[^$\n]+\$|[Ss]ections? \d+(?:\.\d+)*|§ ?\d+(?:\.\d+)*', ' ', md, flags=re.S)
+    return unsupported(md, [*measured(own or None), *stated(f)])
+
+@pytest.mark.parametrize('f', nbs, **ids)
+def test_numbers_in_the_prose_of_notebooks_stand_in_a_csv(f):
+    assert not unsupported_in_notebook(f)
+
+def test_a_number_in_a_notebook_without_a_csv_is_seen():
+    f = root/'nbs'/'05_speech.ipynb'
+    assert unsupported_in_notebook(f, 'In Section 4.4 target guidance reaches a WER of 21.50, and with $k=0.123$ it is 7.77.')==['7.77']
+    assert unsupported_in_notebook(f, 'The paper reports 6.41 % for hybrid.')==[]
+    assert unsupported_in_notebook(f, 'Intents: 12.345 % are right.')==['12.345']
 
 def test_a_number_without_a_csv_is_seen():
     assert unsupported('WER 12.3 %, 3.10 times faster, on Python 3.10', [12.28])==['3.10']
@@ -169,6 +194,10 @@ def test_wheel_holds_library_checkpoints_and_data(wheel):
         if f.is_file() and '__pycache__' not in f.parts: assert f.relative_to(root).as_posix() in names, f'{f.name} is not in the wheel'
     assert not [n for n in names if n.endswith('.ipynb') or n.startswith(('tests/','nbs/'))]
 
+def test_wheel_has_the_command(wheel):
+    z = zipfile.ZipFile(wheel)
+    assert 'cald = cald.paper:main' in z.read(next(n for n in z.namelist() if n.endswith('entry_points.txt'))).decode()
+
 def test_wheel_works_away_from_the_tree(wheel, tmp_path):
     zipfile.ZipFile(wheel).extractall(tmp_path/'site')
     (tmp_path/'cwd').mkdir()
@@ -180,6 +209,11 @@ from cald.distill import Distiller
 from cald.guidance import Target
 from cald.runs import paper_numbers
 from cald.sources import shipped
+import contextlib, io
+from cald.paper import main
+for command in ('reproduce','status'):
+    with contextlib.redirect_stderr(io.StringIO()) as said: assert main([command])==2
+    assert 'needs the repository' in said.getvalue(), said.getvalue()
 model = Wav2Vec2ForCTC.from_pretrained(shipped('wav2vec2-demo'), vocab_size=8, pad_token_id=0)
 student = convert(model, to='mamba2')
 data = [dict(input_values=torch.randn(4000), labels=torch.tensor([1,2])) for _ in range(8)]

@@ -1,0 +1,183 @@
+"The command `cald`: what a notebook cannot test, because it takes processes that die, a copy of the whole project, or a browser."
+import json, os, re, shutil, signal, subprocess, sys, time
+from pathlib import Path
+import psutil, pytest
+from cald.artefacts import ARTEFACTS, defaults, judge, made_from, module_hash, sources_of, stamp, status
+from cald.store import read_json, write_json
+
+root = Path(__file__).parents[1]
+
+def cald(*args, cwd, path=root, **env):
+    "Run `cald` as the console script does"
+    code = f"import sys; sys.argv[0] = 'cald'; from cald.paper import main; sys.exit(main())"
+    return subprocess.run([sys.executable, '-c', code, *args], cwd=cwd, capture_output=True, text=True, env={**os.environ, 'PYTHONPATH':str(path), 'OMP_NUM_THREADS':'1', **env})
+
+@pytest.fixture
+def copy(tmp_path, monkeypatch):
+    "A copy of the project, with this test in its folder; what is judged there is the copy's code"
+    for d in ('cald','nbs','paper_figures'): shutil.copytree(root/d, tmp_path/'p'/d, ignore=shutil.ignore_patterns('__pycache__','.ipynb_checkpoints'))
+    shutil.copy(root/'settings.ini', tmp_path/'p')
+    monkeypatch.chdir(tmp_path/'p')
+    for k in ('CALD_RUNS','CALD_OUT'): monkeypatch.delenv(k, raising=False)
+    return tmp_path/'p'
+
+def pretend_fresh(a, folder):
+    "A result of `a` as a run of its notebook by this code would leave it"
+    import hashlib
+    folder.mkdir(exist_ok=True)
+    for r in a.results:
+        (folder/f'{r}.csv').write_text('mode,mean\nstandard,1\n')
+        write_json(folder/f'{r}.json', dict(scale=['demo'], seeds=[0,1,2], cells={f'{a.name} wav2vec2-demo softmax standard':[0,1,2]}, parameters={**defaults(a.path), **a.params, 'scale':'demo'},
+            code=[{f'cald.{m}':module_hash(m) for m in a.modules.split()}], commit='0'*40, dirty=False, seconds=1., runs=[], csv_sha256=hashlib.sha256((folder/f'{r}.csv').read_bytes()).hexdigest()))
+    stamp(a, folder)
+
+here = [a for a in ARTEFACTS if (root/'nbs'/f'{a.notebook}.ipynb').exists()]
+
+@pytest.fixture
+def fresh(copy):
+    "Every artefact that can be made here, fresh, in a folder of the copy"
+    for a in here: pretend_fresh(a, copy/'fresh')
+    assert set(status(copy/'fresh', here).state)=={'fresh'}
+    return copy
+
+def stale(folder): return {n for n,s in status(folder, here).state.items() if s=='stale'}
+
+def change(path, text='\nTOUCHED = 1\n'): path.write_text(path.read_text()+text)
+
+def test_other_code_makes_exactly_the_tables_stale_that_depend_on_it(fresh):
+    for module in sorted(p.stem for p in (fresh/'cald').glob('*.py')):
+        f,was = fresh/'cald'/f'{module}.py',(fresh/'cald'/f'{module}.py').read_text()
+        change(f)
+        assert stale(fresh/'fresh')=={a.name for a in here if module in a.modules.split()}, module
+        f.write_text(was); change(f, '\n# a comment\n')
+        assert not stale(fresh/'fresh'), module
+        f.write_text(was)
+    assert 'text_data' not in next(a for a in here if a.name=='table3').modules.split()
+
+def test_other_cells_make_the_tables_of_that_notebook_stale(fresh):
+    for f in sorted((fresh/'nbs').glob('*.ipynb')):
+        was,nb = f.read_text(),json.loads(f.read_text())
+        nb['cells'].append(dict(cell_type='code', id='new', metadata={}, outputs=[], execution_count=None, source=['digits = 3']))
+        f.write_text(json.dumps(nb))
+        assert stale(fresh/'fresh')=={a.name for a in here if a.notebook==f.stem}, f.name
+        nb['cells'][-1] = dict(cell_type='markdown', id='new', metadata={}, source=['More words.']); f.write_text(json.dumps(nb))
+        assert not stale(fresh/'fresh'), f.name
+        f.write_text(was)
+
+def test_an_edited_csv_another_source_and_a_lost_file_are_seen(fresh):
+    a = next(a for a in here if a.name=='table3')
+    weights = fresh/'cald'/'checkpoints'/'wav2vec2-demo'/'model.safetensors'
+    weights.write_bytes(weights.read_bytes()+b'\0')
+    assert 'source wav2vec2-demo' in judge(a, fresh/'fresh')['why']
+    change(fresh/'fresh'/'table3.csv', 'hybrid,2\n')
+    assert 'table3.csv was edited' in judge(a, fresh/'fresh')['why']
+    (fresh/'fresh'/'table3_modes.csv').unlink()
+    assert 'table3_modes is not complete' in judge(a, fresh/'fresh')['why']
+
+def closure(module, seen=None):
+    "The modules of cald that `module` imports, and those that they import"
+    seen = set() if seen is None else seen
+    if module in seen or not (root/'cald'/f'{module}.py').exists(): return seen
+    seen.add(module)
+    for m in re.findall(r'^\s*from (?:cald)?\.(\w+) import', (root/'cald'/f'{module}.py').read_text(), re.M): closure(m, seen)
+    return seen
+
+# Modules that the notebooks reach and that decide none of their numbers: records and plans; the making of sources, whose weights are
+# hashed; and for text what the speech modules bring along with two small helpers
+NOT_COUNTED = {'grid','store','runs','sources','units','text_sources'}
+FOR_SPEECH = {'speech_tasks','speech_data','corpora','voices','commands'}
+
+@pytest.mark.parametrize('a', here, ids=lambda a: a.name)
+def test_the_modules_of_an_artefact_are_those_that_its_notebook_imports(a):
+    text = '\n'.join(''.join(c['source']) for c in json.loads((root/'nbs'/f'{a.notebook}.ipynb').read_text())['cells'] if c['cell_type']=='code')
+    reached = set().union(*(closure(m) for m in [*re.findall(r'default_exp (\w+)', text), *re.findall(r'^from cald\.(\w+) import', text, re.M)]))
+    named = set(a.modules.split())
+    assert named<=reached
+    assert reached-named<=NOT_COUNTED|(set() if 'speech' in named else FOR_SPEECH)
+
+# Processes that die. (A shell in the background lets its children ignore SIGINT, so they are told to heed it.) The project is a small one, whose notebook "trains" eight runs of half a second.
+
+cell = """import time
+from cald.runs import *
+scale_settings('toy-paper', demo=dict(steps=2))
+def fit(c, run): time.sleep(.6); return dict(score=float(c.seed))
+results = train_missing(grid(task='toy-paper', source='toy', mixer='none', mode='plain', scale=scale, seed=seeds), fit, Store(), 'points')
+write_table('toy', summarise(results, 'mode', 'task', 'score'), results, out_folder(out, scale), params=dict(scale=scale, seeds=seeds))"""
+run = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from cald.artefacts import Artefact; from cald.paper import reproduce; reproduce(seeds=8, artefacts=[Artefact('toy', 'A toy', 'toy', minutes=1)])"
+
+@pytest.fixture
+def toy(tmp_path):
+    (tmp_path/'nbs').mkdir(); (tmp_path/'settings.ini').write_text('lib_name = cald\n')
+    code = [dict(cell_type='code', id=f'c{i}', source=s, metadata=dict(tags=t), outputs=[], execution_count=None)
+            for i,(s,t) in enumerate([("scale:str = 'demo'\nseeds:list[int] = [0]\nout:str = ''", ['parameters']), (cell, [])])]
+    meta = dict(kernelspec=dict(name='python3', display_name='python3', language='python'))
+    (tmp_path/'nbs'/'toy.ipynb').write_text(json.dumps(dict(cells=code, metadata=meta, nbformat=4, nbformat_minor=5)))
+    return tmp_path
+
+def results(d): return {f:f.stat().st_mtime_ns for f in (d/'runs').glob('*/result.json')}
+
+def start(d):
+    env = {**{k:v for k,v in os.environ.items() if k not in ('CALD_RUNS','CALD_OUT')}, 'PYTHONPATH':str(root), 'OMP_NUM_THREADS':'1'}
+    return subprocess.Popen([sys.executable, '-c', run], cwd=d, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+@pytest.mark.parametrize('how', [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_killed_it_leaves_no_process_and_goes_on_where_it_was(toy, how):
+    p = start(toy)
+    while len(results(toy))<2 and p.poll() is None: time.sleep(.02)
+    assert p.poll() is None, p.communicate()[1]
+    family = psutil.Process(p.pid).children(recursive=True)
+    assert len(family)>=2, 'papermill and its kernel'
+    p.send_signal(how); p.wait(30)
+    gone,alive = psutil.wait_procs(family, 15)
+    assert not alive, 'a process stayed behind'
+    done = results(toy)
+    assert 2<=len(done)<8
+    q = start(toy); out,err = q.communicate(timeout=300)
+    assert q.returncode==0, err
+    assert len(results(toy))==8 and {f:t for f,t in results(toy).items() if f in done}==done, 'a finished run was trained again'
+    again = start(toy); out,err = again.communicate(timeout=300)
+    assert 'Nothing to do' in out and again.returncode==0, out+err
+
+def test_speech_at_smoke_scale_is_fresh_and_trains_once(copy, monkeypatch):
+    pytest.importorskip('espeakng_loader', reason='generated speech needs the extra `demo`')
+    nb = copy/'nbs'/'05_speech.ipynb'
+    nb.write_text(nb.read_text().replace("['asr', 'intent', 'speaker'] # columns", "['asr'] # columns").replace("'unguided', 'target', 'trajectory', 'waypoint', 'hybrid'] # rows", "'hybrid'] # rows"))
+    r = cald('reproduce', 'table3', '--scale', 'smoke', cwd=copy, path=copy)
+    assert r.returncode==0, r.stdout+r.stderr
+    trained = results(copy)
+    assert len(trained)==2 and 'model cards written' in r.stdout
+    card = next((copy/'runs').glob('*/model/README.md')).read_text()
+    assert 'mean nothing' in card and json.loads(next(f for f in trained if 'hybrid' in f.parent.name).read_text())['key'][:12] in card
+    prov = read_json(copy/'runs'/'smoke'/'table3.json')
+    assert prov['made_from']['modules']['speech']==module_hash('speech') and prov['scale']==['smoke']
+    s = cald('status', '--out', 'runs/smoke', cwd=copy, path=copy)
+    assert re.search(r'table3 .*fresh +smoke', s.stdout), s.stdout
+    assert 'fresh' in cald('reproduce', 'table3', '--scale', 'smoke', cwd=copy, path=copy).stdout and results(copy)==trained
+    assert not [f for f in (copy/'paper_figures').iterdir() if not (root/'paper_figures'/f.name).exists()]
+
+def test_a_checkout_of_another_cald_is_refused(copy):
+    r = cald('status', cwd=copy/'nbs', path=root) # -c puts the working folder first on the path
+    assert r.returncode==2 and 'not the one of this checkout' in r.stderr
+
+# The report in a real browser
+
+browser = next(filter(None, map(shutil.which, ('chromium','chromium-browser','google-chrome'))), None)
+watch = """<script>window.addEventListener('load', () => { const bad = [...document.images].filter(i => !i.complete || !i.naturalWidth);
+document.body.setAttribute('data-images', document.images.length); document.body.setAttribute('data-broken', bad.map(i => i.src.slice(0, 80)).join(' ')); });</script>"""
+
+@pytest.mark.skipif(not browser, reason='no Chromium on this system')
+def test_the_report_opens_in_a_browser_and_shows_every_figure(copy):
+    r = cald('report', '--to', 'report', cwd=copy, path=copy)
+    assert r.returncode==0, r.stderr
+    pages = sorted((copy/'report').rglob('*.html'))
+    assert {p.stem for p in pages if p.parent.name=='notebooks'}=={f.stem for f in (root/'nbs').glob('*.ipynb')}
+    figures = {f'results/{n}.png' for a in here for n in a.results if (root/'paper_figures'/f'{n}.png').exists()}
+    assert figures==set(re.findall(r'src="(results/[^"]+)"', (copy/'report'/'index.html').read_text()))
+    for p in [copy/'report'/'index.html', *(copy/'report'/'notebooks'/f'{n}.html' for n in ('05_speech','00_mixers','index'))]:
+        p.with_suffix('.watched.html').write_text(p.read_text().replace('</body>', watch+'</body>'))
+        b = subprocess.run([browser, '--headless', '--no-sandbox', '--disable-gpu', '--disable-dev-shm-usage', f'--user-data-dir={copy}/profile', '--enable-logging=stderr', '--virtual-time-budget=5000', '--dump-dom',
+                            p.with_suffix('.watched.html').as_uri()], capture_output=True, text=True, timeout=180)
+        dom = b.stdout
+        assert re.search(r'data-broken=""', dom), (p.name, re.findall(r'data-broken="[^"]*"', dom), b.stderr[-500:])
+        assert int(re.search(r'data-images="(\d+)"', dom)[1])>=p.read_text().count('<img')>0 or p.stem=='index'
+        assert not re.findall(r'CONSOLE.*', b.stderr), p.name
