@@ -193,8 +193,8 @@ def provenance(
     recs = list(results['record'])
     sess = [s for r in recs for s in r['sessions']]
     cells = {}
-    for r in recs:
-        name = ' '.join([r['cell']['task'], Path(r['cell']['source']).name, r['cell']['mixer'], r['cell']['mode']])
+    for r,row in zip(recs, results['row'] if 'row' in results else [r['cell']['mode'] for r in recs]):
+        name = ' '.join([r['cell']['task'], Path(r['cell']['source']).name, r['cell']['mixer'], row])
         cells.setdefault(name, set()).add(r['cell']['seed'])
     return unplaced(plain(dict(
         scale=distinct(r['cell']['scale'] for r in recs), seeds=sorted({r['cell']['seed'] for r in recs}), cells=cells,
@@ -208,7 +208,8 @@ def provenance(
 def objection(old, new):
     "Why a result with provenance `new` should not replace the one with `old`: another scale, overrides, fewer seeds; else None"
     if old['scale']!=new['scale']: return f"it was made at scale {old['scale']}, this one at {new['scale']}"
-    if new['overrides'] and not old['overrides']: return f"this one was made with {new['overrides']} overridden"
+    other = [o for o in new['overrides'] if o not in old['overrides']]
+    if other: return f"this one was made with {other} overridden, it was not"
     for c,seeds in old['cells'].items():
         if len(new['cells'].get(c, []))<len(seeds): return f"it has {len(seeds)} seeds of {c}, this one {len(new['cells'].get(c, []))}"
 
