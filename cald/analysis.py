@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'Sums', 'CKA', 'cka', 'whiten', 'canonical', 'svcca', 'pwcca', 'align', 'matched', 'Study', 'read_study',
-           'alignments', 'shown', 'whole', 'plot_maps', 'plot_stages', 'colour_of', 'against_result',
-           'rank_correlations', 'plot_against']
+           'alignments', 'shown', 'whole', 'begins', 'columns', 'plot_maps', 'plot_stages', 'colour_of',
+           'against_result', 'rank_correlations', 'plot_against']
 
 # %% ../nbs/06_analysis.ipynb #8e1b2846
 from dataclasses import dataclass
@@ -17,9 +17,9 @@ from scipy import stats
 from torch import Tensor
 from tqdm import tqdm
 
-# %% ../nbs/06_analysis.ipynb #63958f22
+# %% ../nbs/06_analysis.ipynb #337c704e
 from . import nlp,speech
-from .experiment import COLOURS
+from .experiment import COLOURS,start_from
 from .runs import Store,cache_folder,cell,check_name,mean_ci
 from .states import stage_paths,states
 
@@ -198,15 +198,23 @@ def whole(stage:str)->bool:
     "Is `stage` a hidden state between layers?"
     return ' ' not in stage
 
-# %% ../nbs/06_analysis.ipynb #47e554a5
+# %% ../nbs/06_analysis.ipynb #d1682c84
+def begins(row:str)->str:
+    "Where the student of `row` starts from: 'source' or 'target'"
+    return 'source' if row.endswith('source') or row=='random weights' else start_from(row.split(',')[0])
+
+def columns(df)->list: # (mode, when, title)
+    "What is shown of the students of `df`: converted models before training, one for each place to start from, then how each mode ends"
+    modes = list(dict.fromkeys(df['mode']))
+    first = {begins(m): m for m in modes[::-1] if m!='random weights'}
+    return [(first[b], 'start', f'converted {b}') for b in ('target','source') if b in first]+[(m, 'end', m) for m in modes]
+
 def plot_maps(layers, tasks, titles):
     "CKA of all hidden states of students with all of their teacher's: a row of maps for each task"
-    modes = list(dict.fromkeys(layers['mode']))
-    first = modes[0]
-    cols = [(first,'start'),*((m,'end') for m in modes)]
-    fig,axs = plt.subplots(len(tasks), len(cols), figsize=(1.75*len(cols)+.8, 1.9*len(tasks)+.3), squeeze=False, layout='constrained')
+    cols = columns(layers)
+    fig,axs = plt.subplots(len(tasks), len(cols), figsize=(1.7*len(cols)+.8, 1.9*len(tasks)+.3), squeeze=False, layout='constrained')
     for row,task in zip(axs, tasks):
-        for ax,(mode,when) in zip(row, cols):
+        for ax,(mode,when,title) in zip(row, cols):
             g = layers[(layers.task==task) & (layers['mode']==mode) & (layers.when==when)]
             t = g.pivot_table(index='student', columns='teacher', values='cka', sort=False)
             im = ax.imshow(t, vmin=0, vmax=1, cmap='viridis', origin='lower')
@@ -214,7 +222,7 @@ def plot_maps(layers, tasks, titles):
                 for (i,j),v in np.ndenumerate(t.to_numpy()): ax.text(j, i, f'{v:.2f}'.lstrip('0'), ha='center', va='center', fontsize=6, color='k' if v>.6 else 'w')
             ax.set(xticks=range(len(t)), yticks=range(len(t)), xticklabels=t.columns, yticklabels=t.index if ax is row[0] else [])
             ax.tick_params(labelsize=7, length=0)
-            if ax is axs[0][list(row).index(ax)]: ax.set_title('as converted' if when=='start' else mode, fontsize=9)
+            if task==tasks[0]: ax.set_title(title, fontsize=9)
         row[0].set_ylabel(f'{titles[task]}\nstudent', fontsize=8)
     for ax in axs[-1]: ax.set_xlabel('teacher', fontsize=8)
     fig.colorbar(im, ax=axs, shrink=.6, label='CKA')
@@ -224,20 +232,19 @@ def plot_maps(layers, tasks, titles):
 def plot_stages(stages, tasks, titles, measures=('cka','svcca','pwcca')):
     "Likeness of each stage to the teacher's: mean over seeds, and the range between them"
     fig,axs = plt.subplots(len(measures), len(tasks), figsize=(max(3.1*len(tasks), 5), 2.1*len(measures)+.5), sharey='row', sharex='col', squeeze=False, layout='constrained')
-    modes = list(dict.fromkeys(stages['mode']))
     for row,measure in zip(axs, measures):
         for ax,task in zip(row, tasks):
-            for mode,when in [(modes[0],'start'),*((m,'end') for m in modes)]:
+            for mode,when,title in columns(stages):
                 g = stages[(stages.task==task) & (stages['mode']==mode) & (stages.when==when)]
                 v = g.groupby('stage', sort=False)[measure]
-                look = dict(color='.5', ls='--', label='as converted') if when=='start' else dict(color=colour_of(mode), label=mode)
-                ax.plot(v.mean().index, v.mean(), marker='o', ms=3, lw=1.3, **look)
+                look = dict(color='.55', ls=':' if title.endswith('source') else '--') if when=='start' else dict(color=colour_of(mode), ls='--' if ',' in mode else '-')
+                ax.plot(v.mean().index, v.mean(), marker='o', ms=3, lw=1.3, label=title, **look)
                 ax.fill_between(v.min().index, v.min(), v.max(), color=look['color'], alpha=.15, lw=0)
             ax.tick_params(axis='x', labelrotation=90, labelsize=7)
             ax.grid(alpha=.3)
             if ax is row[0]: ax.set_ylabel(measure.upper())
-            if row is axs[0]: ax.set_title(titles[task], fontsize=9)
-    fig.legend(*axs[0][0].get_legend_handles_labels(), ncol=6, loc='outside lower center', frameon=False, fontsize=8)
+            if measure==measures[0]: ax.set_title(titles[task], fontsize=9)
+    fig.legend(*axs[0][0].get_legend_handles_labels(), ncol=7, loc='outside lower center', frameon=False, fontsize=8)
     return fig
 
 def colour_of(row:str)->str:

@@ -76,6 +76,7 @@ KIND_COLOURS = dict(text='#2e6f95', speech='#d1495b')
 def step_axis(ax):
     ax.set_xscale('symlog', linthresh=1)
     ax.set_xlim(left=0)
+    ax.xaxis.set_major_formatter(lambda v,_: f'{v:g}')
     ax.set_xlabel('step')
     ax.grid(alpha=.3)
 
@@ -151,7 +152,7 @@ def plot_paths(points, titles):
                 ax.plot(p.x.iloc[0], p.y.iloc[0], 'o', mfc='white', mec=c, ms=6, zorder=3)
                 ax.plot(p.x.iloc[-1], p.y.iloc[-1], 'o', color=c, ms=6, zorder=3)
             ax.set(xlabel=f'{100*g.share_x.iloc[0]:.0f} % of the variance', ylabel=f'{100*g.share_y.iloc[0]:.0f} %', xticks=[], yticks=[])
-            if row is axs[0]: ax.set_title(f'seed {seed}', fontsize=9)
+            if task==tasks[0]: ax.set_title(f'seed {seed}', fontsize=9)
         row[0].set_ylabel(f'{titles[task]}\n{row[0].get_ylabel()}')
     fig.legend(*axs[0][0].get_legend_handles_labels(), ncol=6, loc='outside lower center', frameon=False, fontsize=8)
     return fig
