@@ -107,12 +107,12 @@ def plot_shift(shift, titles, mode:str='standard'):
 
 # %% ../nbs/06a_trajectories.ipynb #83f2d3d2
 def how_soon(shift, at=(.01,.02,.05,.1,.25,.5), mode='standard')->pd.DataFrame:
-    "Share of the final shift after the shares `at` of the steps; the final shift; and its ratio to the spread"
+    "Share of the final shift after the shares `at` of the steps, nan where nothing was recorded so early; the final shift; and its ratio to the spread"
     rows = []
     for (kind,task),g in shift[(shift['mode']==mode) & (shift.state>0)].groupby(['kind','task'], sort=False):
         v = g.groupby('fraction')[['shift','spread']].mean()
-        last = v['shift'].iloc[-1]
-        rows.append(dict(kind=kind, task=task, **{f'at {100*f:g} %': np.interp(f, v.index, v['shift'])/last for f in at}, final=last, spread=v.spread.iloc[-1], ratio=last/v.spread.iloc[-1]))
+        last,known = v['shift'].iloc[-1],v.index[v.index>0].min()
+        rows.append(dict(kind=kind, task=task, **{f'at {100*f:g} %': np.interp(f, v.index, v['shift'])/last if f>=known else float('nan') for f in at}, final=last, spread=v.spread.iloc[-1], ratio=last/v.spread.iloc[-1]))
     return pd.DataFrame(rows)
 
 # %% ../nbs/06a_trajectories.ipynb #41b50bca
@@ -122,10 +122,12 @@ def vectors(p:dict, state:int=-1)->Tensor: # (steps, samples * d)
 
 def project(paths:list, # of (steps, n) tensors
            )->tuple:    # (steps, 2) arrays, share of the variance of each axis
-    "All paths on their first two principal components, with the first point of the first path as the origin"
+    "All paths on their first two principal components; the first path begins at the origin and goes right and up"
     x = torch.cat(paths)
     _,s,v = torch.linalg.svd(x-x.mean(0), full_matrices=False)
-    return [((p-paths[0][0])@v[:2].T).numpy() for p in paths],(s[:2]**2/(s**2).sum()).tolist()
+    first = (paths[0]-paths[0][0])@v[:2].T
+    sign = first.gather(0, first.abs().argmax(0, keepdim=True)).sign()[0]  # a component has no sign of its own
+    return [((p-paths[0][0])@v[:2].T*sign).numpy() for p in paths],(s[:2]**2/(s**2).sum()).tolist()
 
 # %% ../nbs/06a_trajectories.ipynb #2a82d8ff
 def projected(paths:dict, state:int=-1)->pd.DataFrame:
