@@ -40,22 +40,23 @@ class Artefact:
     def path(self): return tree()/'nbs'/f'{self.notebook}.ipynb'
 
 # %% ../nbs/07a_artefacts.ipynb #185ec54a
-_core = 'mixers scan students convert state guidance distill experiment'
+_core = 'mixers scan students convert state guidance distill states experiment'
 _text,_speech = f'{_core} text text_data text_tasks nlp',f'{_core} speech_tasks speech_data corpora voices commands speech'
 _of_text = dict(modules=_text, packages=tuple(PACKAGES))
 _of_speech = dict(modules=_speech, packages=('espeakng-loader',))
-_of_both = dict(modules=' '.join(dict.fromkeys(f'{_text} {_speech} analysis'.split())), packages=(*PACKAGES,'espeakng-loader'))
+_of_both = dict(packages=(*PACKAGES,'espeakng-loader'), after=('table1','table3'), minutes=5, gpu_hours=1)
+_both = ' '.join(dict.fromkeys(f'{_text} {_speech} analysis'.split()))
 
 ARTEFACTS = [
     Artefact('table1', 'Table 1: RoBERTa to Linformer', '04a_nlp', files='table1_modes table1_curves', free=('search','rates'), minutes=25, gpu_hours=40, **_of_text),
     Artefact('table2', 'Table 2: Pythia to Mamba', '04b_lm', f'{_core} text text_data tokens lm', files='table2_modes table2_curves', packages=tuple(PACKAGES), minutes=20, gpu_hours=1500),
     Artefact('table3', 'Table 3: Wav2Vec2 to bidirectional Mamba2', '05_speech', files='table3_modes table3_curves', free=('random',), minutes=25, gpu_hours=690, **_of_speech),
     Artefact('table4', 'Table 4: settings of Table 1', '04a_nlp', free=('search','rates'), minutes=0, gpu_hours=0, **_of_text),
-    Artefact('fig1', 'Figure 1: modes of guidance', '06_analysis', after=('table1','table3'), minutes=1, gpu_hours=1, **_of_both),
-    Artefact('fig2', 'Figure 2: the converted layer', '06_analysis', after=('table1','table3'), minutes=1, gpu_hours=1, **_of_both),
-    Artefact('fig3', 'Figure 3: shift of the hidden states', '06_analysis', after=('table1','table3'), minutes=5, gpu_hours=1, **_of_both),
-    Artefact('fig4', 'Figure 4: trajectories of the hidden states', '06_analysis', after=('table1','table3'), minutes=5, gpu_hours=1, **_of_both),
-    Artefact('cka', 'CKA maps of teacher and students', '06_analysis', group='cka', after=('table1','table3'), minutes=5, gpu_hours=1, **_of_both),
+    Artefact('fig1', 'Figure 1: modes of guidance', '06b_drawings', f'{_core} drawings', minutes=1, gpu_hours=0),
+    Artefact('fig2', 'Figure 2: the converted layer', '06b_drawings', f'{_core} drawings', minutes=1, gpu_hours=0),
+    Artefact('fig3', 'Figure 3: shift of the hidden states', '06a_trajectories', f'{_both} trajectories', files='shift', **_of_both),
+    Artefact('fig4', 'Figure 4: trajectories of the hidden states', '06a_trajectories', f'{_both} trajectories', files='fig4_progress', **_of_both),
+    Artefact('cka', 'CKA maps of teacher and students', '06_analysis', _both, files='cka_stages cka_result', group='cka', **_of_both),
     Artefact('source', 'Pretrained against random weights', '05_speech', params=dict(random=True), group='more', minutes=25, **_of_speech),
     Artefact('digits', 'Recorded digits', '05_speech', params=dict(data='{data}/fsdd', table='digits', steps=600, tasks=['asr','speaker'],
              modes=['standard','unguided','target','hybrid']), files='digits_modes digits_curves', group='more', minutes=15, **_of_speech)]

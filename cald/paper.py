@@ -33,7 +33,7 @@ def plan(names, scale='demo', seeds=1, folder=None, retrain=False, artefacts=Non
     "For each artefact that `names` stand for whether it is to be made"
     def one(a):
         s = judge(a, folder)
-        fits = s['state'] in ('fresh','stale') and s['scale']==scale and s['seeds']>=(1 if scale=='smoke' else seeds)
+        fits = s['state'] in ('fresh','stale') and (not s['scale'] or s['scale']==scale and s['seeds']>=(1 if scale=='smoke' else seeds)) # a drawing has no scale
         no = lacks(a)
         if no: return dict(artefact=a, do=False, why=no)
         if fits and s['state']=='fresh' and 'made_from' in read_json(folder/f'{a.name}.json'): return dict(artefact=a, do=False, why='fresh')

@@ -111,12 +111,12 @@ def test_notebooks_write_figures_with_provenance(store):
     kw = dict(scale='smoke', speech_tasks=['asr'], modes=['target','hybrid'], seeds=[0], out=str(store/'out'))
     for nb in ('06_analysis','06a_trajectories'):
         pm.execute_notebook(root/'nbs'/f'{nb}.ipynb', store/f'{nb}.ipynb', progress_bar=False, kernel_name='python3', parameters=kw)
-    names = ('cka_maps','cka_stages','cka_result','figure3','figure4','figure4_progress')
+    names = ('cka','cka_stages','cka_result','fig3','fig4','fig4_progress')
     assert {p.name for p in (store/'out').iterdir()}=={f'{n}.{e}' for n in names for e in ('csv','png','pdf','json')}|{f'shift.{e}' for e in ('csv','md','json')}
     for n in names:
         prov = json.loads((store/'out'/f'{n}.json').read_text())
         assert prov['scale']==['smoke'] and prov['seeds']==[0] and prov['runs']
-    maps = pd.read_csv(store/'out'/'cka_maps.csv')
+    maps = pd.read_csv(store/'out'/'cka.csv')
     assert set(maps.kind)=={'text','speech'} and set(maps['mode'])=={'target','hybrid'} and set(maps.when)=={'start','end'}
     assert sorted((root/'paper_figures').rglob('*'))==figures
     records = list((store/'runs').glob('*/states.safetensors'))

@@ -79,7 +79,8 @@ def closure(module, seen=None):
     seen = set() if seen is None else seen
     if module in seen or not (root/'cald'/f'{module}.py').exists(): return seen
     seen.add(module)
-    for m in re.findall(r'^\s*from (?:cald)?\.(\w+) import', (root/'cald'/f'{module}.py').read_text(), re.M): closure(m, seen)
+    text = (root/'cald'/f'{module}.py').read_text()
+    for m in re.findall(r'^\s*from (?:cald)?\.(\w+) import', text, re.M)+[m for ms in re.findall(r'^from \. import (.*)', text, re.M) for m in ms.split(',')]: closure(m.strip(), seen)
     return seen
 
 # Modules that the notebooks reach and that decide none of their numbers: records and plans; the making of sources, whose weights are
