@@ -18,7 +18,7 @@ import numpy as np,pandas as pd
 
 # %% ../nbs/04c_text_data.ipynb #4de52469
 from .runs import check_name
-from .text import read_stand_in
+from .stand_ins import read_stand_in
 
 # %% ../nbs/04c_text_data.ipynb #f753fa85
 class TextError(ValueError):

@@ -6,7 +6,8 @@ import numpy as np, pandas as pd, pytest
 from packaging.requirements import Requirement
 
 import cald.text as text, cald.text_data as text_data
-from cald.text import CORPUS, PACKAGES, SIZES, SMALL, differing, documents, read_docs, read_stand_in, stand_in
+from cald.stand_ins import SIZES, STAND_INS, read_stand_in, stand_in
+from cald.text import CORPUS, PACKAGES, SMALL, differing, documents, read_docs
 from cald.text_data import HUB, TextError, read_text_task
 from cald.tokens import Tokens, pack, read_lm, write_tokens
 
@@ -85,7 +86,7 @@ def test_odd_documentation_strings_do_no_harm(doc): assert text.parts(doc)==[]
 
 # ---- stand-ins
 
-@pytest.mark.parametrize('task', text.STAND_INS)
+@pytest.mark.parametrize('task', STAND_INS)
 def test_stand_ins_are_balanced_disjoint_and_the_same_each_time(docs, task):
     df = stand_in(task, docs)
     n = sizes(df)
