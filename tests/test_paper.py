@@ -18,7 +18,7 @@ def copy(tmp_path, monkeypatch):
     for d in ('cald','nbs','paper_figures'): shutil.copytree(root/d, tmp_path/'p'/d, ignore=shutil.ignore_patterns('__pycache__','.ipynb_checkpoints'))
     shutil.copy(root/'settings.ini', tmp_path/'p')
     monkeypatch.chdir(tmp_path/'p')
-    for k in ('CALD_RUNS','CALD_OUT'): monkeypatch.delenv(k, raising=False)
+    for k in ('CALD_RUNS','CALD_OUT','CALD_DATA_DIR'): monkeypatch.delenv(k, raising=False)
     return tmp_path/'p'
 
 def pretend_fresh(a, folder):
