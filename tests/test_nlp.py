@@ -1,15 +1,16 @@
 "RoBERTa and BERT to Linformer: what must not change between two ways of doing the same, and what must stop before training."
-import hashlib, importlib.util, json, os, shutil
+import hashlib, importlib.util, json, shutil
 from pathlib import Path
 import pandas as pd, pytest, torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, BertConfig, BertModel, BertTokenizer
-from cald import experiment, text_tasks
+from cald import text_tasks
 from cald.experiment import MODES
 from cald.nlp import CHOSEN, SEARCH_SEED, Nlp, chosen, table4
 from cald.runs import Store, cell, settings
 from cald.text_data import TextError, read_text_task
 from cald.text_tasks import BASELINE, find_text_source, load_classifier, minilm, smoke_source, tfidf_baseline
+from common import check_interrupted, data_folder, train
 
 root = Path(__file__).parents[1]
 GOOD,BAD = 'good fine great'.split(),'bad poor dull'.split()
@@ -44,36 +45,13 @@ def read(source, home, data=None, task='sst2', **kw):
     exp = Nlp()
     return exp,exp.read([task], source, home/'cache', 'smoke', {task: data or write(home/'films.tsv', rows())}, **kw)[task]
 
-def train(exp, store, c, data):
-    run = store.run(c, data.hash)
-    if not run.done:
-        run.start()
-        run.finish(exp.train_cell(c, run, data, store))
-    return run
-
 # ---- the same by two ways
 
 @pytest.mark.parametrize('mode', MODES[1:])
 def test_an_interrupted_run_gives_the_model_of_an_uninterrupted_one(home, source, tmp_path, mode, monkeypatch):
     exp,data = read(source, home)
-    models = []
     (_,first),*_,(_,c) = exp.grid(['sst2'], ['standard',mode], [0], source, 'smoke', steps=4, evals=4, dropout=.1)
-    for name,stop in (('straight',None),('cut',2)):
-        store = Store(tmp_path/name)
-        train(exp, store, first, data)
-        run = store.run(c, data.hash)
-        run.start()
-        if stop:
-            class Cut(experiment.LogTo):
-                def on_step_begin(self, args, state, control, **kwargs):
-                    if state.global_step==stop: raise SystemExit('cut')
-            with monkeypatch.context() as m:
-                m.setattr(experiment, 'LogTo', Cut)
-                with pytest.raises(SystemExit): exp.train_cell(c, run, data, store)
-            assert not (run.folder/'model').exists()
-        exp.train_cell(c, run, data, store)
-        models.append(exp.load(run.folder/'model').state_dict())
-    for n in models[0]: assert torch.equal(models[0][n], models[1][n]), n
+    check_interrupted(exp, first, c, data, tmp_path, monkeypatch)
 
 def test_rows_share_the_standard_run_and_those_that_do_not_differ_are_one(source):
     exp = Nlp()
@@ -263,21 +241,14 @@ def test_minilm_trains_and_converts(home, tmp_path):
 
 # ---- real data
 
-def data_folder(name):
-    "`name` in the folder of recorded data, or skip"
-    if not os.environ.get('CALD_DATA_DIR'): pytest.skip('CALD_DATA_DIR is not set: no real text')
-    path = Path(os.environ['CALD_DATA_DIR'])/name
-    if not path.is_dir(): pytest.skip(f'CALD_DATA_DIR has no {name}')
-    return str(path)
-
 @pytest.mark.parametrize('task,files', [('sst2','sentences'), ('imdb','')])
 def test_real_data_are_read_and_train(home, source, tmp_path, task, files):
-    exp,data = read(source, home, data_folder(task), task, files=files, drop=True, max_train=64, max_eval=16)
+    exp,data = read(source, home, str(data_folder(task)), task, files=files, drop=True, max_train=64, max_eval=16)
     assert data.df.split.value_counts().to_dict()==dict(train=64, dev=16, test=16) and data.classes==['0','1'] and max(map(len, data.ids))<=32
     store = Store(tmp_path)
     for _,c in exp.grid([task], ['target'], [0], source, 'smoke', steps=2): run = train(exp, store, c, data)
     assert 0<=run.result['accuracy']<=100
 
 def test_the_baseline_on_real_sentences(home):
-    df = read_text_task(data_folder('sst2'), 'sst2', home/'cache', files='sentences', drop=True)
+    df = read_text_task(str(data_folder('sst2')), 'sst2', home/'cache', files='sentences', drop=True)
     assert 78<tfidf_baseline(df)['accuracy']<85

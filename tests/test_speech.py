@@ -6,6 +6,7 @@ from cald.experiment import MODES
 from cald.speech import TASKS, Speech, smoke_source
 from cald.speech_data import ManifestError
 from cald.speech_tasks import collate, load_trained, make_corpus, predict, read_data
+from common import check_interrupted, train
 
 exp = Speech()
 WORDS = 'one two three four five six seven eight nine'.split()
@@ -26,41 +27,17 @@ def data(tmp_path_factory):
     source = smoke_source(home)
     return home,source,exp.read(list(TASKS), source, home/'cache', str(home/'manifest.tsv'), scale='smoke')
 
-def train(store, c, corpus):
-    run = store.run(c, corpus.hash)
-    if not run.done:
-        run.start()
-        run.finish(exp.train_cell(c, run, corpus, store))
-    return run
-
 @pytest.mark.parametrize('mode', MODES[1:])
 def test_an_interrupted_run_gives_the_model_of_an_uninterrupted_one(data, tmp_path, mode, monkeypatch):
     home,source,corpora = data
-    corpus,models = corpora['asr'],[]
     (_,first),*_,(_,c) = exp.grid(['asr'], ['standard',mode], [0], source, 'smoke', steps=4, evals=4)
-    for name,stop in (('straight',None),('cut',2)):
-        store = Store(tmp_path/name)
-        train(store, first, corpus)
-        run = store.run(c, corpus.hash)
-        run.start()
-        if stop:
-            from cald import experiment
-            class Cut(experiment.LogTo):
-                def on_step_begin(self, args, state, control, **kwargs):
-                    if state.global_step==stop: raise SystemExit('cut')
-            with monkeypatch.context() as m:
-                m.setattr(experiment, 'LogTo', Cut)
-                with pytest.raises(SystemExit): exp.train_cell(c, run, corpus, store)
-            assert not (run.folder/'model').exists()
-        exp.train_cell(c, run, corpus, store)
-        models.append(load_trained(run.folder/'model'))
-    for (n,p),q in zip(models[0].state_dict().items(), models[1].state_dict().values()): assert torch.equal(p, q), n
+    check_interrupted(exp, first, c, corpora['asr'], tmp_path, monkeypatch)
 
 def test_every_task_trains_and_its_saved_model_predicts_the_same(data, tmp_path):
     home,source,corpora = data
     store = Store(tmp_path)
     for t,corpus in corpora.items():
-        for _,c in exp.grid([t], ['target'], [0], source, 'smoke', steps=2): run = train(store, c, corpus)
+        for _,c in exp.grid([t], ['target'], [0], source, 'smoke', steps=2): run = train(exp, store, c, corpus)
         part = corpus.part(TASKS[t], 'test')
         again = load_trained(run.folder/'model')
         assert predict(again, part)[0]==predict(load_trained(run.folder/'model'), part)[0]
@@ -72,7 +49,7 @@ def test_every_mode_trains_with_the_papers_loss(data, tmp_path, mode):
     home,source,corpora = data
     store = Store(tmp_path)
     for t in ('asr','speaker') if mode=='target' else ('intent',):
-        for _,c in exp.grid([t], ['standard',mode], [0], source, 'smoke', steps=2, loss='paper-speech', accumulate=2): run = train(store, c, corpora[t])
+        for _,c in exp.grid([t], ['standard',mode], [0], source, 'smoke', steps=2, loss='paper-speech', accumulate=2): run = train(exp, store, c, corpora[t])
         assert 0<=run.result[TASKS[t].metric]
 
 @pytest.mark.parametrize('task', TASKS)
@@ -81,7 +58,7 @@ def test_the_papers_task_loss_is_a_sum_divided_by_characters(data, tmp_path, tas
     home,source,corpora = data
     store,ds = Store(tmp_path),corpora[task].part(TASKS[task], 'train')
     own = dict(steps=1, evals=1, batch=len(ds), loss='paper-speech', lr_student=0., dropout=0., mask_time=0.)
-    for _,c in exp.grid([task], ['standard','target'], [0], source, 'smoke', **own): run = train(store, c, corpora[task])
+    for _,c in exp.grid([task], ['standard','target'], [0], source, 'smoke', **own): run = train(exp, store, c, corpora[task])
     model,losses = load_trained(run.folder/'model').eval(),[]
     for i in range(len(ds)):
         b = collate([ds[i]])
@@ -101,7 +78,7 @@ def test_the_teacher_of_a_cell_has_its_own_settings(data, tmp_path):
     home,source,corpora = data
     store = Store(tmp_path)
     a,b = (cell('asr', source=source, mixer='mamba2', mode='target', scale='smoke', steps=n) for n in (2,3))
-    train(store, exp.grid(['asr'], [], [0], source, 'smoke', steps=2)[0][1], corpora['asr'])
+    train(exp, store, exp.grid(['asr'], [], [0], source, 'smoke', steps=2)[0][1], corpora['asr'])
     assert exp.standard_run(a, store, corpora['asr']).done
     with pytest.raises(RuntimeError): exp.standard_run(b, store, corpora['asr'])
     assert key(a, 'x')!=key(b, 'x')!=key(b, 'y')
@@ -115,7 +92,7 @@ def test_what_only_students_have_does_not_train_another_teacher():
 def test_a_student_takes_its_own_number_of_steps_and_all_its_waypoints(data, tmp_path):
     home,source,corpora = data
     store = Store(tmp_path)
-    for _,c in exp.grid(['asr'], ['waypoint'], [0], source, 'smoke', steps=6, steps_student=4, evals=2): run = train(store, c, corpora['asr'])
+    for _,c in exp.grid(['asr'], ['waypoint'], [0], source, 'smoke', steps=6, steps_student=4, evals=2): run = train(exp, store, c, corpora['asr'])
     assert run.metrics().step.max()==4
     assert run.metrics().waypoint.dropna().tolist()==[3,6]
 

@@ -12,6 +12,7 @@ from cald.corpora import digits_manifest, read_slurp
 from cald.speech_data import (COLUMNS, VOCAB, ManifestError, check_manifest, cnn_frames, corpus_parameters, data_hash, generate,
                               load_audio, manifest, needed_frames, read_manifest, write_manifest)
 from cald.voices import RATE, VOICES, Espeak, Voice, draw_room, record, run_jobs, say, write_shard
+from common import data_folder
 
 TREE = Path(__file__).parent.parent
 FEW = dict(train=54, dev=9, test=14, dev_seen=6, test_seen=6)
@@ -22,13 +23,6 @@ BARE = f"import sys,types; m = sys.modules['cald'] = types.ModuleType('cald'); m
 def python(code):
     "A process that runs `code` as a script without a main guard"
     return subprocess.Popen([sys.executable, '-c', code], env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-def data_folder(name):
-    "`name` in the folder of recorded data, or skip"
-    if not os.environ.get('CALD_DATA_DIR'): pytest.skip('CALD_DATA_DIR is not set: no recorded speech')
-    path = Path(os.environ['CALD_DATA_DIR'])/name
-    if not path.is_dir(): pytest.skip(f'CALD_DATA_DIR has no {name}')
-    return path
 
 @pytest.fixture(scope='session')
 def corpus(tmp_path_factory): return generate(tmp_path_factory.mktemp('speech'), FEW, workers=2)

@@ -10,16 +10,10 @@ from cald.stand_ins import SIZES, STAND_INS, read_stand_in, stand_in
 from cald.text import CORPUS, PACKAGES, SMALL, differing, documents, read_docs
 from cald.text_data import HUB, TextError, read_text_task
 from cald.tokens import Tokens, pack, read_lm, write_tokens
+from common import data_folder
 
 TREE = Path(__file__).parent.parent
 ENV = {**os.environ, 'PYTHONPATH': os.pathsep.join([str(TREE), os.environ.get('PYTHONPATH', '')])}
-
-def data_folder(name):
-    "`name` in the folder of recorded data, or skip"
-    if not os.environ.get('CALD_DATA_DIR'): pytest.skip('CALD_DATA_DIR is not set: no real text')
-    path = Path(os.environ['CALD_DATA_DIR'])/name
-    if not path.is_dir(): pytest.skip(f'CALD_DATA_DIR has no {name}')
-    return path
 
 def sizes(df): return df.split.value_counts().to_dict()
 

@@ -1,0 +1,42 @@
+"What tests of several modules share"
+import os
+from pathlib import Path
+import pytest, torch
+from cald import experiment
+from cald.runs import Store
+
+def data_folder(name):
+    "`name` in the folder of recorded data, or skip"
+    if not os.environ.get('CALD_DATA_DIR'): pytest.skip('CALD_DATA_DIR is not set: no recorded data')
+    path = Path(os.environ['CALD_DATA_DIR'])/name
+    if not path.is_dir(): pytest.skip(f'CALD_DATA_DIR has no {name}')
+    return path
+
+def train(exp, store, c, data):
+    "The run of cell `c` of experiment `exp`, trained if it is not"
+    run = store.run(c, data.hash)
+    if not run.done:
+        run.start()
+        run.finish(exp.train_cell(c, run, data, store))
+    return run
+
+def check_interrupted(exp, first, c, data, folder, monkeypatch):
+    "Cell `c`, whose teacher is `first`, leaves the same weights when it is cut off after two steps and goes on"
+    models = []
+    for name,stop in (('straight',None),('cut',2)):
+        store = Store(folder/name)
+        train(exp, store, first, data)
+        run = store.run(c, data.hash)
+        run.start()
+        if stop:
+            class Cut(experiment.LogTo):
+                def on_step_begin(self, args, state, control, **kwargs):
+                    if state.global_step==stop: raise SystemExit('cut')
+            with monkeypatch.context() as m:
+                m.setattr(experiment, 'LogTo', Cut)
+                with pytest.raises(SystemExit): exp.train_cell(c, run, data, store)
+            assert not (run.folder/'model').exists()
+        exp.train_cell(c, run, data, store)
+        models.append(exp.load(run.folder/'model').state_dict())
+    assert list(models[0])==list(models[1])
+    for n in models[0]: assert torch.equal(models[0][n], models[1][n]), n
