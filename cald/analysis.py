@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'Sums', 'CKA', 'cka', 'whiten', 'canonical', 'svcca', 'pwcca', 'align', 'matched', 'Study', 'read_study',
-           'alignments', 'shown', 'whole', 'begins', 'columns', 'plot_maps', 'plot_stages', 'colour_of',
-           'against_result', 'rank_correlations', 'plot_against']
+           'alignments', 'shown', 'whole', 'columns', 'plot_maps', 'plot_stages', 'against_result', 'rank_correlations',
+           'plot_against']
 
 # %% ../nbs/06_analysis.ipynb #8e1b2846
 from dataclasses import dataclass
@@ -19,8 +19,8 @@ from tqdm import tqdm
 
 # %% ../nbs/06_analysis.ipynb #337c704e
 from . import nlp,speech
-from .experiment import COLOURS,start_from
-from .runs import Store,cache_folder,cell,check_name,mean_ci
+from .experiment import colour_of,evenly,start_from
+from .runs import Store,cache_folder,check_name
 from .states import stage_paths,states
 
 # %% ../nbs/06_analysis.ipynb #c66889c2
@@ -143,11 +143,6 @@ class Study:
     "The runs of one table, with what is needed to run their models"
     kind:str; exp:object; data:dict; store:Store; results:pd.DataFrame
 
-    def run(self, r):
-        "The run behind row `r` of the results"
-        c = r.record['cell']
-        return self.store.run(cell(**{k: v for k,v in c.items() if k!='overrides'}, **dict(c['overrides'])), r.record['data'])
-
 def read_study(kind:str, tasks, modes, seeds, scale, source='', runs='', steps=0, workers=1, retrain=False)->Study:
     "Read the data and the runs of one table, 'text' or 'speech'; runs that are missing are trained"
     module,make = KINDS[check_name(kind, KINDS, 'kind of study')]
@@ -163,15 +158,13 @@ def read_study(kind:str, tasks, modes, seeds, scale, source='', runs='', steps=0
 @patch
 def batches(self:Study, r, samples:int=200, size:int=20)->list:
     "Batches of dev samples of the task of row `r`, the same for every run"
-    ds = self.exp.part(self.data[r.task], self.exp.tasks[r.task], 'dev')
-    n = min(samples, len(ds))
-    items = [ds[i*len(ds)//n] for i in range(n)]
-    return [self.exp.collate(items[i:i+size]) for i in range(0, n, size)]
+    items = evenly(self.exp.part(self.data[r.task], self.exp.tasks[r.task], 'dev'), samples)
+    return [self.exp.collate(items[i:i+size]) for i in range(0, len(items), size)]
 
 @patch
 def models(self:Study, r)->dict:
     "'start' and 'end' of the run of row `r`, and its 'teacher', None for a standard model"
-    run,data,task = self.run(r),self.data[r.task],self.exp.tasks[r.task]
+    run,data,task = self.store.behind(r.record),self.data[r.task],self.exp.tasks[r.task]
     standard = self.exp.standard_run(run.cell, self.store, data)
     start = self.exp.ready(run.cell, self.exp.recipe(**run.settings), self.exp.labels(data, task), standard and standard.folder)[0]
     return dict(start=start, end=self.exp.load(run.folder/'model'), teacher=standard and self.exp.load(standard.folder/'model'))
@@ -183,12 +176,12 @@ def alignments(studies, samples=200, each=8)->tuple: # layer by layer; stage by 
         for r in tqdm([r for r in s.results.itertuples() if r.mode!='standard'], disable=None):
             m,bs = s.models(r),s.batches(r, samples)
             for when in ('start','end'):
-                res,row = align(m[when], m['teacher'], bs, each=each, only=shown),dict(kind=s.kind, task=r.task, mode=r.row, seed=r.seed, when=when)
+                res,row = align(m[when], m['teacher'], bs, each=each, only=shown),dict(kind=s.kind, task=r.task, mode=r.row, init=start_from(r.mode, r.record['settings']['init']), seed=r.seed, when=when)
                 t = res.table()
                 t = t.loc[t.index.map(whole), t.columns.map(whole)]
                 layers += [dict(row, student=a, teacher=b, cka=t.loc[a, b]) for a in t.index for b in t.columns]
                 stages.append(matched(res).assign(**row))
-    return pd.DataFrame(layers),pd.concat(stages, ignore_index=True)[[*layers[0]][:5]+['stage','cka','svcca','pwcca']]
+    return pd.DataFrame(layers),pd.concat(stages, ignore_index=True)[[*layers[0]][:6]+['stage','cka','svcca','pwcca']]
 
 def shown(a:str, b:str)->bool:
     "Are these stages compared in the figures: two hidden states, or the same stage of both models?"
@@ -199,14 +192,11 @@ def whole(stage:str)->bool:
     return ' ' not in stage
 
 # %% ../nbs/06_analysis.ipynb #d1682c84
-def begins(row:str)->str:
-    "Where the student of `row` starts from: 'source' or 'target'"
-    return 'source' if row.endswith('source') or row=='random weights' else start_from(row.split(',')[0])
-
 def columns(df)->list: # (mode, when, title)
     "What is shown of the students of `df`: converted models before training, one for each place to start from, then how each mode ends"
-    modes = list(dict.fromkeys(df['mode']))
-    first = {begins(m): m for m in modes[::-1] if m!='random weights'}
+    init = dict(zip(df['mode'], df['init']))
+    modes = list(init)
+    first = {init[m]: m for m in modes[::-1] if m!='random weights'}
     return [(first[b], 'start', f'converted {b}') for b in ('target','source') if b in first]+[(m, 'end', m) for m in modes]
 
 def plot_maps(layers, tasks, titles):
@@ -246,10 +236,6 @@ def plot_stages(stages, tasks, titles, measures=('cka','svcca','pwcca')):
             if measure==measures[0]: ax.set_title(titles[task], fontsize=9)
     fig.legend(*axs[0][0].get_legend_handles_labels(), ncol=7, loc='outside lower center', frameon=False, fontsize=8)
     return fig
-
-def colour_of(row:str)->str:
-    "The colour of the mode in the name of a `row`"
-    return next((c for m,c in COLOURS.items() if row.startswith(m)), '.3')
 
 # %% ../nbs/06_analysis.ipynb #73043b0d
 def against_result(stages, studies)->pd.DataFrame:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MODES', 'COLOURS', 'Recipe', 'start_from', 'guidance_for', 'TableDistiller', 'training_args', 'LogTo', 'save_model',
-           'clear_checkpoints', 'Experiment', 'help_train']
+           'clear_checkpoints', 'Task', 'Experiment', 'evenly', 'help_train', 'colour_of']
 
 # %% ../nbs/03c_experiment.ipynb #ee0a47d9
 import importlib,math,os,shutil
@@ -34,7 +34,8 @@ class Recipe:
     steps_student:int=0    # optimiser steps of a converted model; 0: as many as the standard model's
     alpha_output:float=0.  # weight of the output loss (KL)
     until:float=0.4        # where hybrid lets its teacher go, as a fraction of the steps
-    evals:int=10           # evaluations on dev; the standard run leaves a waypoint at each
+    evals:int=10           # evaluations on dev
+    waypoints:int=0        # snapshots that the standard run leaves, evenly; 0: one at each evaluation
     accumulate:int=1       # micro-batches of a step
     warmup:float=0.1       # fraction of the steps
     decay:str='linear'     # after warm-up, a schedule of `transformers`, or 'exponential'
@@ -128,9 +129,17 @@ def clear_checkpoints(folder):
     for p in checkpoints(folder): delete_checkpoint(p)
 
 # %% ../nbs/03c_experiment.ipynb #f8e72485
+@dataclass(frozen=True)
+class Task:
+    "One column of a table"
+    name:str     # as in the table
+    title:str    # with the unit
+    metric:str   # what is reported, and selects the model on dev
+    higher:bool  # is more better?
+
 class Experiment:
     "What the trainings of one table have in common; a subclass says how its models are made, fed and judged"
-    tasks:dict                       # name -> task, with `name`, `title`, `metric` and `higher` (is more better?)
+    tasks:dict                       # name -> `Task`
     recipe = Recipe
     mixer = 'mamba2'                 # what takes the place of attention
     rows = {m: {} for m in MODES}    # name -> `mode` (default: the name) and overrides, perhaps {task: value}
@@ -194,11 +203,15 @@ def ready(self:Experiment, c, r:Recipe, labels, standard=None # folder of the st
     return student,guidance_for(c.mode, r, target, source, find_snapshots(standard/'train'), self.load, self.task_loss(source, labels), **self.trajectory(r))
 
 # %% ../nbs/03c_experiment.ipynb #4fd17c99
+def evenly(ds, n:int)->list:
+    "`n` samples of `ds`, evenly spaced, or all that there are"
+    n = min(n, len(ds))
+    return [ds[i*len(ds)//n] for i in range(n)]
+
 @patch
-def probe(self:Experiment, ds, n:int=None)->dict:
-    "A batch of `n` samples of `ds` (default: `record`), evenly spaced; the same for every run on this data"
-    n = min(n or self.record, len(ds))
-    return self.collate([ds[i*len(ds)//n] for i in range(n)])
+def probe(self:Experiment, ds)->dict:
+    "The batch of samples of `ds` whose states are recorded; the same for every run on this data"
+    return self.collate(evenly(ds, self.record))
 
 @patch
 def train_cell(self:Experiment, c, run, data, store)->dict:
@@ -211,7 +224,8 @@ def train_cell(self:Experiment, c, run, data, store)->dict:
     total = dict(total=True) if loss_preset(r.loss).per=='item' else {} # the task loss then is a sum, too
     if n:
         args = training_args(r, task, run.folder/'train', c.seed, lr, n)
-        steps = range(args.eval_steps, n+1, args.eval_steps) if c.mode=='standard' else ()
+        every = args.eval_steps*max(r.evals//(r.waypoints or r.evals), 1)
+        steps = range(every, n+1, every) if c.mode=='standard' else ()
         trainer = TableDistiller(model, args, sets['train'], guidance, self.task_loss(model, labels, **total), task_sum=bool(total), snapshots=steps, judge=self.judge,
                                  floor=r.floor if r.decay=='exponential' else None, eval_dataset=sets['dev'], data_collator=self.collate,
                                  processing_class=self.processor, progress='none')
@@ -281,10 +295,9 @@ def table(self:Experiment, results, row:str='row', # the column whose values are
 # %% ../nbs/03c_experiment.ipynb #71852b0c
 COLOURS = dict(standard='#444444', unguided='#d1495b', target='#2e6f95', trajectory='#8f5fa8', waypoint='#4f9d69', hybrid='#e09f3e')
 
-@patch
-def colour(self:Experiment, row:str)->str:
-    "The colour of the mode of `row`"
-    return COLOURS[self.rows[row].get('mode', row)]
+def colour_of(row:str)->str:
+    "The colour of the mode that the name of a `row` begins with"
+    return next((c for m,c in COLOURS.items() if row.startswith(m)), '#9aa0a6')
 
 @patch
 def panels(self:Experiment, tasks, wide=3.2, high=3.):
@@ -301,7 +314,7 @@ def plot_modes(self:Experiment, summary):
         g = summary[(summary.task==task.name) & (summary.metric==self.metrics[task.metric])]
         modes = list(g['mode'])[::-1]
         for _,r in g.iterrows():
-            y,colour = modes.index(r['mode']),self.colour(r['mode'])
+            y,colour = modes.index(r['mode']),colour_of(r['mode'])
             ax.plot([float(v) for v in r['values'].split()], [y]*r.n, 'o', ms=4, mfc='white', mec=colour, zorder=2)
             ax.plot(r['mean'], y, 'D', ms=6, color=colour, zorder=3)
             if r.n>1: ax.plot([r.low,r.high], [y,y], '-', lw=2, color=colour, zorder=1)
@@ -317,8 +330,7 @@ def curves(self:Experiment, results, store)->pd.DataFrame:
     "The development metric at each evaluation of the runs behind `results`, and where a hybrid lets its teacher go"
     rows = []
     for r in sorted(results.itertuples(), key=lambda r: list(self.tasks).index(r.task)):
-        run = store.run(cell(**{k:v for k,v in r.record['cell'].items() if k!='overrides'}, **dict(r.record['cell']['overrides'])), r.record['data'])
-        m = run.metrics()
+        m = store.behind(r.record).metrics()
         metric = f'eval_{self.tasks[r.task].metric}'
         if metric in m: rows += [dict(task=r.task, mode=r.row, seed=r.seed, step=int(s), value=v) for s,v in m[['step',metric]].dropna().values]
     return pd.DataFrame(rows, columns=['task','mode','seed','step','value'])
@@ -333,8 +345,8 @@ def plot_curves(self:Experiment, curves, until:dict): # task -> where hybrid let
         if len(s): ax.axhline((s.max() if task.higher else s.min()).mean(), color=COLOURS['standard'], lw=1, ls=':', label='standard')
         for mode in [m for m in self.rows if m!='standard' and m in set(g['mode'])]:
             v,plain = g[g['mode']==mode].groupby('step').value,mode in MODES
-            ax.plot(v.mean(), color=self.colour(mode), label=mode, lw=1.5, marker='o', ms=3, ls='-' if plain else '--')
-            if plain: ax.fill_between(v.min().index, v.min(), v.max(), color=self.colour(mode), alpha=.15, lw=0)
+            ax.plot(v.mean(), color=colour_of(mode), label=mode, lw=1.5, marker='o', ms=3, ls='-' if plain else '--')
+            if plain: ax.fill_between(v.min().index, v.min(), v.max(), color=colour_of(mode), alpha=.15, lw=0)
         if 'hybrid' in set(g['mode']): ax.axvline(until[task.name]*g[g['mode']=='hybrid'].step.max(), color=COLOURS['hybrid'], lw=1, ls=':')
         ax.set(title=task.title.replace(', ', ' on dev, '), xlabel='step')
         ax.grid(alpha=.3)

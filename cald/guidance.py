@@ -227,10 +227,12 @@ def run_teacher(teacher,          # a model with hidden states
                 batch:dict,
                 train_mode=False, # with the teacher's own dropout, SpecAugment and LayerDrop, as the reference has it
                 key=(),           # seeds what is random in train mode, so that the student's generators stay untouched
+                logits=True,      # False: those of the last position are enough, for models that can leave out the others
                ):
     "What `teacher` makes of `batch`"
     if teacher.training!=train_mode: teacher.train(train_mode)
     inputs = _inputs(teacher, batch)
+    if not logits and 'logits_to_keep' in inspect.signature(teacher.forward).parameters: inputs['logits_to_keep'] = 1
     with all_states(teacher) as fill:
         if not train_mode: return _detached(fill(teacher(**inputs)))
         with own_rng('teacher', *key): return _detached(fill(teacher(**inputs)))
@@ -255,7 +257,7 @@ class Target(Guidance):
     def teacher_forward(self, batch, step):
         "What the teacher makes of `batch`"
         if self.teacher is None: raise RuntimeError(f'the teacher of this {type(self).__name__} was let go; make a new one')
-        return run_teacher(self.teacher, batch, self.train_mode, self.key(step))
+        return run_teacher(self.teacher, batch, self.train_mode, self.key(step), bool(self.loss.alpha_output))
 
 # %% ../nbs/02_guidance.ipynb #b6c81ea8
 class Trajectory(Target):
@@ -299,8 +301,9 @@ def teacher_forward(self:Trajectory, batch, step):
     "What the teacher makes of `batch` before this step's update, for which the gradient is gathered here"
     if self.teacher is None: raise RuntimeError('this Trajectory has no teacher: call `setup` first, and make a new one after `free`')
     key = self.key(step)
-    if not self.moves_at(step): return run_teacher(self.teacher, batch, self.train_mode and not self.own_forward, key)
-    seen = run_teacher(self.teacher, batch) if self.own_forward else None
+    logits = bool(self.loss.alpha_output)
+    if not self.moves_at(step): return run_teacher(self.teacher, batch, self.train_mode and not self.own_forward, key, logits)
+    seen = run_teacher(self.teacher, batch, logits=logits) if self.own_forward else None
     self.teacher.train(self.train_mode)
     with torch.enable_grad(), own_rng('teacher', *key), all_states(self.teacher) as fill:
         out = fill(self.teacher(**_inputs(self.teacher, batch, labels=self.task_loss is None)))

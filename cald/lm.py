@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SHARES', 'SOURCES', 'PAPER_TASKS', 'LmRecipe', 'encode', 'spread', 'smoke_source', 'TokenRows', 'hold_out', 'Rows',
-           'collate', 'next_token_loss', 'judge', 'LmData', 'read_rows', 'check_rows', 'load_lm', 'lm_config', 'LmTask',
-           'Lm', 'cache_bytes', 'zero_shot']
+           'collate', 'next_token_loss', 'judge', 'LmData', 'read_rows', 'check_rows', 'load_lm', 'lm_config', 'Lm',
+           'cache_bytes', 'zero_shot']
 
 # %% ../nbs/04b_lm.ipynb #e484e698
 import math
@@ -17,9 +17,9 @@ from transformers import AutoConfig,AutoModelForCausalLM,AutoTokenizer,GPTNeoXCo
 
 # %% ../nbs/04b_lm.ipynb #434dc69e
 from .distill import seed_all
-from .experiment import Experiment,Recipe
+from .experiment import Experiment,Recipe,Task
 from .runs import cell,digest,hash_files,scale_settings,settings
-from .speech_tasks import find_source,quietly
+from .pretrained import find_source,load_pretrained
 from .text import SMALL,read_docs
 from .text_data import TextError
 from .text_sources import save_tokenizer,train_bpe
@@ -197,9 +197,7 @@ def load_lm(source:str, random:bool=False)->torch.nn.Module: # random: draw ever
     path = find_source(source)
     cfg = lm_config(source)
     if random: return AutoModelForCausalLM.from_config(cfg)
-    with quietly(): model,info = AutoModelForCausalLM.from_pretrained(path, config=cfg, dtype=torch.float32, output_loading_info=True)
-    if lost := sorted(info['missing_keys']): raise ValueError(f'{source}: {len(lost)} weights are missing, the first is {lost[0]}')
-    return model
+    return load_pretrained(AutoModelForCausalLM, path, config=cfg, dtype=torch.float32)
 
 def lm_config(source:str):
     "The configuration of `source`, without a cache for training"
@@ -209,22 +207,14 @@ def lm_config(source:str):
     return cfg
 
 # %% ../nbs/04b_lm.ipynb #53967a3c
-@dataclass(frozen=True)
-class LmTask:
-    "How much text is learnt from"
-    name:str       # as in the table
-    title:str      # with the unit
-    metric:str='perplexity'
-    higher:bool=False
-
 class Lm(Experiment):
     "Table 2: GPT-NeoX and its Mamba students"
-    tasks = {n: LmTask(n, f'{n}, perplexity') for n in _steps}
+    tasks = {n: Task(n, f'{n}, perplexity', 'perplexity', False) for n in _steps}
     recipe,mixer = LmRecipe,'mamba'
     rows = {'standard':{}, 'unguided':{}, 'target':{}, 'hybrid':{}, 'random weights':dict(mode='unguided', init='source', random_student=True)}
     modules = [f'cald.{m}' for m in 'mixers scan students convert state guidance distill experiment tokens lm'.split()]
     metrics = dict(perplexity='perplexity', bits='bits per byte')
-    student = (*Experiment.student, 'd_state', 'd_inner', 'dt_rank', 'random_student', 'rows', 'share')
+    student = (*Experiment.student, 'd_state', 'd_inner', 'dt_rank', 'random_student')
 
     def read(self, tasks:list, source:str, cache, scale:str='demo', path:str='', seed:int=0, **over)->dict: # over: of `LmRecipe`
         "The `LmData` of each of `tasks`, which are all cut from the same rows"
@@ -245,8 +235,7 @@ class Lm(Experiment):
     def labels(self, data, task): return None
     def part(self, data, task, split): return data.parts[split]
     def source(self, c, r, labels): return load_lm(c.source, r.random or (r.random_student and c.mode!='standard'))
-    def load(self, folder):
-        with quietly(): return AutoModelForCausalLM.from_pretrained(folder)
+    def load(self, folder): return load_pretrained(AutoModelForCausalLM, folder)
     def mixer_args(self, mixer, r):
         given = dict(d_inner=r.d_inner, dt_rank=r.dt_rank)
         return dict(d_state=r.d_state, **{k: v for k,v in given.items() if v}) if mixer=='mamba' else {}

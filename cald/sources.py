@@ -5,12 +5,11 @@
 # %% auto #0
 __all__ = ['Recipe', 'source_config', 'front_end', 'standardise', 'draw', 'MaskedUnits', 'build', 'rate_at', 'optimiser',
            'evaluate', 'write_log', 'read_log', 'save_state', 'load_state', 'train_step', 'pretrain', 'StateClusters',
-           'relabel', 'new_head', 'save_source', 'story', 'ship', 'make_source', 'shipped']
+           'relabel', 'new_head', 'save_source', 'story', 'ship', 'make_source']
 
 # %% ../nbs/09_sources.ipynb #c96771b7
 import csv, io, os
 from dataclasses import asdict, dataclass, replace
-from importlib.resources import files
 from pathlib import Path
 from time import perf_counter
 import numpy as np, torch, torch.nn.functional as F
@@ -287,11 +286,3 @@ def make_source(r:Recipe, run:Path, folder:Path, utterances:int=10_000, held:int
     for c in (train,test): relabel(c, states)
     net = pretrain(r, train, test, run/'round2', net=new_head(net), **more)
     return ship(net, r, train, test, run, folder)
-
-# %% ../nbs/09_sources.ipynb #baec7d10
-def shipped(name:str='wav2vec2-demo')->Path:
-    "The folder of a source that comes with the package"
-    root = Path(str(files('cald')/'checkpoints'))
-    have = sorted(o.parent.name for o in root.glob('*/config.json'))
-    if name not in have: raise ValueError(f"no source {name!r} in the package; it has: {', '.join(have) or 'none'}")
-    return root/name

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PACKAGES', 'OWN', 'norm_ast', 'code_hash', 'state_of', 'fingerprint', 'write_atomic', 'write_json', 'read_json',
            'append_jsonl', 'mend_jsonl', 'read_jsonl', 'tree', 'runs_folder', 'cache_folder', 'out_folder', 'git_state',
-           'device_name', 'peak_memory_mb', 'environment', 'is_main', 'Run', 'Store', 'row']
+           'device_name', 'peak_memory_mb', 'environment', 'is_main', 'cell_of', 'Run', 'Store', 'row']
 
 # %% ../nbs/03a_store.ipynb #5dd082bf
 import ast, importlib.metadata, importlib.util, json, os, platform, re, shutil, socket, subprocess, sys, time
@@ -154,12 +154,15 @@ def is_main()->bool:
     return int(os.environ.get('RANK', 0))==0
 
 # %% ../nbs/03a_store.ipynb #9b188b41
+def cell_of(config)->Cell:
+    "The cell in the configuration of a run, as JSON has it"
+    return Cell(**{**config['cell'], 'overrides':tuple((k,v) for k,v in config['cell']['overrides'])})
+
 class Run:
     "One cell of the grid in a `folder` of its own: configuration, sessions, metrics, what the training saves, at the end result.json"
     def __init__(self, folder, config, code=None):
         self.folder,self.config,self.code,self.session = Path(folder),config,code or {},None
-        self.cell = Cell(**{**config['cell'], 'overrides':tuple((k,v) for k,v in config['cell']['overrides'])})
-        self.settings,self.key,self.data = config['settings'],config['key'],config['data']
+        self.cell,self.settings,self.key,self.data = cell_of(config),config['settings'],config['key'],config['data']
 
     def __repr__(self): return f'Run({self.cell}: {"done" if self.done else "not done"})'
     @property
@@ -270,6 +273,10 @@ class Store:
         name = '-'.join(map(str, [cell.task, Path(cell.source).name, cell.mixer, cell.mode, cell.seed, cell.scale, k[:12]]))
         config = plain(dict(key=k, cell=asdict(cell), settings=settings(cell), data=data))
         return Run(self.root/re.sub(r'[^\w.-]+', '-', name), config, self.code)
+
+    def behind(self, record)->Run:
+        "The run that a row of results comes from; `record` is the row's column of that name"
+        return self.run(cell_of(record), record['data'])
 
     def runs(self)->list:
         "Every run that was ever started here"

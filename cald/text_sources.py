@@ -18,7 +18,8 @@ from transformers import GPTNeoXConfig,GPTNeoXForCausalLM,GPTNeoXTokenizer,Rober
 
 # %% ../nbs/09a_text_sources.ipynb #20b2b978
 from .runs import hash_files,write_json
-from .sources import pretrain,read_log,shipped,write_log
+from .pretrained import shipped
+from .sources import pretrain,read_log,write_log
 from .store import device_name,environment,git_state
 from .text import documents,read_docs
 

@@ -20,7 +20,7 @@ from transformers import AutoConfig,AutoModel,AutoModelForSequenceClassification
 # %% ../nbs/04h_text_tasks.ipynb #7661bcef
 from .distill import seed_all
 from .runs import digest,hash_files
-from .speech_tasks import find_source,quietly
+from .pretrained import find_source,load_pretrained
 from .text import SMALL,read_docs
 from .text_sources import save_tokenizer,train_bpe
 
@@ -81,9 +81,7 @@ def load_classifier(source:str, n:int, # classes
     cfg = read_config(source, num_labels=n, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout)
     model = AutoModelForSequenceClassification.from_config(cfg).eval()
     if random: return model
-    with quietly(): encoder,info = AutoModel.from_pretrained(find_text_source(source), config=cfg, output_loading_info=True)
-    lost = [k for k in info['missing_keys'] if not k.startswith('pooler.')]
-    if lost: raise ValueError(f'{source}: {len(lost)} weights are missing, the first is {lost[0]}')
+    encoder = load_pretrained(AutoModel, find_text_source(source), ['pooler.'], config=cfg)
     model.base_model.load_state_dict(encoder.state_dict(), strict=False) # RoBERTa's classifier has no use for the pooler
     return model
 

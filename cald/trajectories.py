@@ -13,14 +13,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 # %% ../nbs/06a_trajectories.ipynb #9a8d450b
-from .analysis import Study,colour_of,read_study
+from .analysis import Study,read_study
 from .distill import find_snapshots
+from .experiment import colour_of
 from .states import read_record,state_paths,states
 
 # %% ../nbs/06a_trajectories.ipynb #b6f01722
 def rebuilt(study:Study, r, each:int=4)->dict:
     "What `read_record` would give of the run of row `r`, from the models that can be had"
-    run,exp = study.run(r),study.exp
+    run,exp = study.store.behind(r.record),study.exp
     data,task = study.data[r.task],exp.tasks[r.task]
     standard,recipe = exp.standard_run(run.cell, study.store, data),exp.recipe(**run.settings)
     models = {0: lambda: exp.ready(run.cell, recipe, exp.labels(data, task), standard and standard.folder)[0]}
@@ -35,7 +36,7 @@ def rebuilt(study:Study, r, each:int=4)->dict:
 
 def path_of(study:Study, r)->dict: # `steps` (s,), `at` (s, states, positions, d), `mean` (s, states, samples, d)
     "The states of the run of row `r` at some of its steps: recorded, or else `rebuilt`"
-    file = study.run(r).folder/'states.safetensors'
+    file = study.store.behind(r.record).folder/'states.safetensors'
     return read_record(file) if file.exists() else rebuilt(study, r)
 
 def shares(p:dict)->list:

@@ -2,7 +2,6 @@
 import json, os
 from pathlib import Path
 import numpy as np, pandas as pd, papermill as pm, pytest, torch
-from torch import nn
 from cald.analysis import CKA, Sums, cka, pwcca, svcca
 from cald.states import pick, record_steps, states
 

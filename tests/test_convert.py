@@ -159,7 +159,7 @@ def test_padding_changes_nothing(name, to, attention):
     s = student(name, to)
     s.config._attn_implementation = attention
     for left in [False]+[True]*(name in ('lm','neox')):
-        x,lengths = inputs(name, (30,19,7), left),(30,19,7)
+        x = inputs(name, (30,19,7), left)
         key = next(k for k in x if k!='attention_mask')
         noisy = {**x, key:torch.where(x['attention_mask']>0, x[key], torch.full_like(x[key], 7))}
         if left: x['position_ids'] = noisy['position_ids'] = (x['attention_mask'].cumsum(1)-1).clamp(min=0)
@@ -176,7 +176,7 @@ def test_padding_changes_nothing(name, to, attention):
 def test_hidden_states_are_those_of_the_layers(name, to):
     s,x,seen = student(name, to, layers=[0,2]),inputs(name),[]
     layers = s.base_model.get_submodule(FAMILIES[s.config.cald['family']].layers)
-    hooks = [l.register_forward_hook(lambda m,a,o: seen.append(o[0] if isinstance(o, tuple) else o)) for l in layers]
+    for l in layers: l.register_forward_hook(lambda m,a,o: seen.append(o[0] if isinstance(o, tuple) else o))
     hidden = run(s, x).hidden_states
     assert len(hidden)==4 and all(map(torch.equal, hidden[1:3], seen[:2]))
 

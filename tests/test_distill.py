@@ -1,5 +1,5 @@
 "The training loop: a resumed run is the uninterrupted one, bit for bit; broken checkpoints; what is run, logged and decayed."
-import copy, functools, json, os, pickle, random, shutil, signal, subprocess, sys, textwrap, time
+import copy, functools, json, os, pickle, random, shutil, signal, subprocess, sys, textwrap
 from pathlib import Path
 
 import numpy as np, pytest, torch, torch.nn.functional as F

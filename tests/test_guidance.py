@@ -69,7 +69,7 @@ def test_paper_lm_leaves_out_the_first_and_the_last_state():
     torch.testing.assert_close(res['output'], 2*kl(s, t, 2).mean(), rtol=1e-12, atol=0) # no square of the temperature
 
 def test_paper_speech_depends_on_the_accumulation_as_the_reference_does():
-    A,chars,sizes = 3,[7,12,5],[(2,6),(3,9),(1,4)]
+    chars,sizes = [7,12,5],[(2,6),(3,9),(1,4)]
     micro = [(states(24, *n, 8, seed=i),states(24, *n, 8, seed=10+i), torch.randn(*n, 5, dtype=torch.float64, requires_grad=True),
               torch.randn(*n, 5, dtype=torch.float64), torch.arange(n[1])<torch.randint(2, n[1]+1, (n[0],1))) for i,n in enumerate(sizes)]
     N,Fr = sum(chars),float(sum(m[-1].sum() for m in micro))

@@ -11,6 +11,7 @@ from cald.lm import Lm, LmRecipe, Rows, TokenRows, hold_out, judge, load_lm, smo
 from cald.runs import Store, cell, settings
 from cald.text_data import TextError
 from cald.tokens import Tokens, pack, write_tokens
+from common import train
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -133,6 +134,19 @@ def test_the_standard_model_is_the_source_and_random_weights_are_not(source, cac
     src = AutoModelForCausalLM.from_pretrained(source).state_dict()
     assert all(torch.equal(v, src[k]) for k,v in made['plain'].state_dict().items())
     assert not any(torch.equal(v, src[k]) for k,v in made['random'].state_dict().items() if v.ndim>1)
+
+def test_a_teacher_that_is_fine_tuned_first_is_where_its_students_start(source, cache, tmp_path):
+    (exp,data),store = read(source, cache),Store(tmp_path, Lm.modules)
+    def cells(**kw): return dict(exp.grid(['small'], ['standard','unguided'], [0], source, 'smoke', steps_student=2, evals=2, **kw))
+    plain,tuned = ({r: train(exp, store, c, data['small']) for r,c in cells(steps=n).items()} for n in (0,3))
+    assert plain['standard'].result['perplexity']!=tuned['standard'].result['perplexity']
+    assert tuned['standard'].result['best_step']>0 and 'best_step' not in plain['standard'].result
+    start = exp.ready(cells(steps=3)['unguided'], exp.recipe(**tuned['unguided'].settings), None, tuned['standard'].folder)[0].state_dict()
+    teacher = weights(exp, tuned['standard'])
+    same = [k for k in start if k in teacher]
+    assert len(same)>=10 and all(torch.equal(start[k], teacher[k]) for k in same)
+    few,all_ = (exp.standard_cell(cells(steps=3, rows=n)['unguided']) for n in (32,64))
+    assert few!=all_, 'what it was trained on is part of its name'
 
 def test_the_papers_sizes(source):
     r = LmRecipe(**settings(cell('large', scale='paper')))

@@ -3,11 +3,12 @@ import hashlib, importlib.util, json, shutil
 from pathlib import Path
 import pandas as pd, pytest, torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForSequenceClassification, BertConfig, BertModel, BertTokenizer
+from transformers import BertConfig, BertModel, BertTokenizer
 from cald import text_tasks
+from cald.distill import find_snapshots
 from cald.experiment import MODES
 from cald.nlp import CHOSEN, SEARCH_SEED, Nlp, chosen, table4
-from cald.runs import Store, cell, settings
+from cald.runs import Store, settings
 from cald.text_data import TextError, read_text_task
 from cald.text_tasks import BASELINE, find_text_source, load_classifier, minilm, smoke_source, tfidf_baseline
 from common import check_interrupted, data_folder, train
@@ -62,7 +63,7 @@ def test_rows_share_the_standard_run_and_those_that_do_not_differ_are_one(source
         if c.mode!='standard': assert exp.standard_cell(c)==by['standard',t,s], f'{r} has a teacher of its own'
         assert ('standard' in r)==(c.mixer=='softmax')
     assert by['unguided, searched','sst2',0]==by['unguided','sst2',0] # at scale smoke nothing was searched
-    demo = dict(exp.grid(['sst2'], list(exp.rows), [0], source, 'demo', k=8, share='kv', lr_student=1., alpha=2., waypoints=2))
+    demo = dict(exp.grid(['sst2'], list(exp.rows), [0], source, 'demo', k=8, share='kv', lr_student=1., alpha=2.))
     assert by['standard, random weights','sst2',0].overrides==(('random',True),)
     assert len({exp.standard_cell(c) for r,c in demo.items() if c.mode!='standard' or r=='standard'})==1, 'what only students have trains another teacher'
     assert settings(demo['unguided, searched'])['lr_student']==CHOSEN['demo']['unguided']['sst2']
@@ -97,17 +98,18 @@ def test_the_head_is_new_even_if_the_source_has_one(home, source, tmp_path):
 def test_every_way_to_share_trains_and_so_do_accumulation_and_bf16(home, source, tmp_path, share):
     exp,data = read(source, home)
     store = Store(tmp_path)
-    for _,c in exp.grid(['sst2'], ['target'], [0], source, 'smoke', steps=2, share=share, k=3, accumulate=2, bf16=torch.accelerator.is_available()): run = train(exp, store, c, data)
+    for _,c in exp.grid(['sst2'], ['target'], [0], source, 'smoke', steps=2, share=share, k=3, accumulate=2, bf16=True): run = train(exp, store, c, data)
     weights = load_file(run.folder/'model'/'model.safetensors')
     sizes = [tuple(p.shape) for n,p in weights.items() if p.ndim==2 and p.shape[1]==3]
     assert len(sizes)==dict(none=4, kv=2, layer=1)[share]
     assert all(p.dtype==torch.float32 for p in weights.values()) and 0<=run.result['accuracy']<=100
 
-def test_every_fourth_snapshot_is_a_waypoint_at_scale_paper(home, source, tmp_path):
+def test_a_standard_run_leaves_the_waypoints_of_its_recipe_and_they_guide(home, source, tmp_path):
     exp,data = read(source, home)
     store = Store(tmp_path)
-    for _,c in exp.grid(['sst2'], ['waypoint'], [0], source, 'smoke', steps=8, evals=8, waypoints=2): run = train(exp, store, c, data)
-    assert run.metrics().waypoint.dropna().unique().tolist()==[4,8]
+    runs = [train(exp, store, c, data) for _,c in exp.grid(['sst2'], ['waypoint'], [0], source, 'smoke', steps=8, evals=8, waypoints=2)]
+    assert [s for s,_ in find_snapshots(runs[0].folder/'train')]==[4,8]
+    assert runs[1].metrics().waypoint.dropna().unique().tolist()==[4,8]
 
 # ---- BERT
 

@@ -2,14 +2,14 @@
 import json, os, re, shutil, signal, subprocess, sys, time
 from pathlib import Path
 import psutil, pytest
-from cald.artefacts import ARTEFACTS, defaults, judge, made_from, module_hash, sources_of, stamp, status
+from cald.artefacts import ARTEFACTS, defaults, judge, module_hash, stamp, status
 from cald.store import read_json, write_json
 
 root = Path(__file__).parents[1]
 
 def cald(*args, cwd, path=root, **env):
     "Run `cald` as the console script does"
-    code = f"import sys; sys.argv[0] = 'cald'; from cald.paper import main; sys.exit(main())"
+    code = "import sys; sys.argv[0] = 'cald'; from cald.paper import main; sys.exit(main())"
     return subprocess.run([sys.executable, '-c', code, *args], cwd=cwd, capture_output=True, text=True, env={**os.environ, 'PYTHONPATH':str(path), 'OMP_NUM_THREADS':'1', **env})
 
 @pytest.fixture

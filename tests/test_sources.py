@@ -4,9 +4,10 @@ from dataclasses import replace
 import numpy as np, pytest, torch
 from transformers import Wav2Vec2ForCTC, Wav2Vec2ForSequenceClassification, Wav2Vec2Model
 import cald.sources as S, cald.units as U
+from cald.pretrained import shipped
 from cald.runs import hash_files
 from cald.speech_data import cnn_frames
-from cald.sources import Recipe, build, draw, front_end, load_state, optimiser, pretrain, shipped
+from cald.sources import Recipe, build, draw, front_end, load_state, optimiser, pretrain
 from cald.units import Clusters, Corpus, label, log_mel, mel_filters, mfcc, span_mask
 from cald.voices import VOICES
 

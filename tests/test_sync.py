@@ -208,7 +208,7 @@ from cald.convert import convert
 from cald.distill import Distiller
 from cald.guidance import Target
 from cald.runs import paper_numbers
-from cald.sources import shipped
+from cald.pretrained import shipped
 import contextlib, io
 from cald.paper import main
 for command in ('reproduce','status'):
