@@ -38,17 +38,18 @@ class TextRecipe(Recipe):
 # %% ../nbs/04a_nlp.ipynb #36165183
 RATES = dict(smoke=[1e-3,2e-3], demo=[2.5e-4,5e-4,1e-3,2e-3], paper=[1e-5,3e-5,1e-4,3e-4]) # what the search tries
 CHOSEN = dict( # scale -> mode -> task -> learning rate of the students
-    demo= dict(target=  dict(qnli=5e-4, qqp=5e-4, sst2=5e-4, imdb=5e-4),
+    demo= dict(target=  dict(qnli=1e-3, qqp=1e-3, sst2=1e-3, imdb=1e-3),
                unguided=dict(qnli=5e-4, qqp=5e-4, sst2=5e-4, imdb=5e-4)),
     paper=dict(target=  dict(qnli=3e-5, qqp=3e-5, sst2=3e-5, imdb=3e-5),
                unguided=dict(qnli=3e-5, qqp=3e-5, sst2=3e-5, imdb=3e-5)))
 SEARCH_SEED = 1000 # of the search alone
 
 # %% ../nbs/04a_nlp.ipynb #1299902e
-_demo = dict(batch=16, steps_student=600, alpha=1., dropout=0., evals=5, k=16, length=128, warmup=.06, weight_decay=0.)
+_demo = dict(batch=16, steps_student=500, alpha=10., dropout=0., evals=5, k=16, length=128, warmup=.1, weight_decay=0.)
 _smoke = dict(steps=4, batch=8, lr=1e-3, lr_student=1e-3, alpha=1., evals=2, k=4, length=32, dropout=0.)
 _paper = dict(batch=16, accumulate=2, lr=3e-5, alpha=1., evals=40, waypoints=10, loss='paper-nlp', teacher_train=True, warmup=.06, weight_decay=0.)
-_own = dict(qnli=dict(steps=2000, lr=3e-4), qqp=dict(steps=2000, lr=3e-4), sst2=dict(steps=800, lr=5e-4), imdb=dict(steps=600, lr=3e-4, length=256)) # at scale demo
+_own = dict(qnli=dict(steps=2250, steps_student=750, lr=3e-4), qqp=dict(steps=2250, steps_student=750, lr=3e-4), sst2=dict(steps=800, lr=5e-4),
+            imdb=dict(steps=600, steps_student=300, lr=3e-4, length=256, batch=8)) # at scale demo
 _steps = dict(qnli=(32740,10_000), qqp=(113710,40_000), sst2=(21050,5000), imdb=(7820,3000)) # of the paper: in all, and until hybrid lets its teacher go
 
 for _t,(_n,_stop) in _steps.items():
@@ -65,7 +66,7 @@ class Nlp(Experiment):
     recipe,mixer = TextRecipe,'linformer'
     rows = {'standard':{}, 'standard, random weights':dict(mode='standard', random=True), 'unguided':{}, 'unguided, source':dict(mode='unguided', init='source'), 'unguided, searched':dict(mode='unguided'), 'target':{}, 'target, source':dict(mode='target', init='source'),
             'trajectory':{}, 'waypoint':{}, 'hybrid':{}, 'random weights':dict(mode='unguided', init='source', random_student=True)}
-    modules = [f'cald.{m}' for m in 'mixers students convert state guidance distill experiment text_tasks nlp'.split()]
+    modules = [f'cald.{m}' for m in 'mixers students convert pretrained state guidance distill experiment text_tasks nlp'.split()]
     metrics = dict(accuracy='accuracy', f1='F1')
     student = (*Experiment.student, 'k', 'share', 'lr_teacher', 'cycle', 'random_student')
 
