@@ -40,7 +40,7 @@ class Artefact:
     def path(self): return tree()/'nbs'/f'{self.notebook}.ipynb'
 
 # %% ../nbs/07a_artefacts.ipynb #185ec54a
-_core = 'mixers scan students convert pretrained state guidance distill states experiment'
+_core = 'mixers scan students convert ablation pretrained state guidance distill states experiment'
 _text,_speech = f'{_core} text stand_ins text_data text_tasks nlp',f'{_core} speech_tasks speech_data corpora voices commands speech'
 _of_text = dict(modules=_text, packages=tuple(PACKAGES))
 _of_speech = dict(modules=_speech, packages=('espeakng-loader',))

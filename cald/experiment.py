@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MODES', 'COLOURS', 'Recipe', 'start_from', 'guidance_for', 'TableDistiller', 'training_args', 'LogTo', 'save_model',
-           'clear_checkpoints', 'Task', 'Experiment', 'evenly', 'help_train', 'colour_of']
+           'clear_checkpoints', 'Task', 'Experiment', 'evenly', 'some', 'help_train', 'colour_of']
 
 # %% ../nbs/03c_experiment.ipynb #ee0a47d9
 import importlib,math,os,shutil
@@ -16,6 +16,7 @@ from fastcore.basics import patch
 from transformers import TrainerCallback,TrainingArguments
 
 # %% ../nbs/03c_experiment.ipynb #6b5ebb86
+from .ablation import like_attention,reset,reuse_attention
 from .convert import convert
 from .distill import Distiller,checkpoints,delete_checkpoint,find_snapshots,seed_all
 from .guidance import Hybrid,Target,Trajectory,Unguided,Waypoint,loss_preset
@@ -42,10 +43,15 @@ class Recipe:
     floor:float=0.         # learning rate that an 'exponential' decay ends at, as a fraction of the peak
     weight_decay:float=5e-3
     loss:str='default'     # preset of `cald.guidance`
+    norm:bool=None         # compare layer-normed states, or raw ones; None: as the preset does
     teacher_train:bool=False # the reference leaves the teacher's dropout on
     init:str='paper'       # a student starts from the 'source', the 'target' teacher, or as Figure 1 of the 'paper' has it
     bf16:bool=False
     random:bool=False      # start from random weights
+    train_share:float=1.   # of the training samples, drawn by the seed
+    reset:str=''           # a part of the converted model that is drawn anew
+    reuse:str=''           # 'shape': its mixers are as wide as the attention was; 'weights': they begin with its projections, too
+    def __post_init__(self): check_name(self.reuse, ['','shape','weights'], 'way to reuse attention')
 
     def of(self, mode:str)->tuple: # learning rate, steps
         "What a model of `mode` is trained with"
@@ -68,7 +74,8 @@ def guidance_for(mode:str, r:Recipe,
                  **trajectory): # arguments of `Trajectory` that differ from the recipe's
     "The guidance of `mode` as Figure 1 draws it"
     check_name(mode, MODES, 'mode')
-    kw = dict(loss=loss_preset(r.loss, alpha=r.alpha, alpha_output=r.alpha_output), train_mode=r.teacher_train)
+    norm = {} if r.norm is None else dict(norm=r.norm)
+    kw = dict(loss=loss_preset(r.loss, alpha=r.alpha, alpha_output=r.alpha_output, **norm), train_mode=r.teacher_train)
     if mode in ('standard','unguided'): return Unguided()
     if mode=='trajectory':
         own = dict(lr=r.lr, warmup=r.warmup, clip=1., weight_decay=r.weight_decay, task_loss=task_loss, loss=kw['loss'])
@@ -147,7 +154,7 @@ class Experiment:
     metrics = {}                     # metric -> name in the table
     record = 16                      # dev samples whose hidden states are recorded while a model trains; 0: none
     processor = None                 # tells Trainer which field of a sample has the length
-    student = tuple('lr_student steps_student alpha alpha_output until loss teacher_train init'.split()) # settings that standard models have no use for
+    student = tuple('lr_student steps_student alpha alpha_output until loss norm teacher_train init reset reuse'.split()) # settings that standard models have no use for
 
     def read(self, tasks, **kwargs)->dict:
         "task -> its data, read and checked, each with a `hash`"
@@ -199,7 +206,10 @@ def ready(self:Experiment, c, r:Recipe, labels, standard=None # folder of the st
     if c.mode=='standard': return source,Unguided()
     target = self.load(standard/'model')
     start = source if start_from(c.mode, r.init)=='source' else target
-    student = self.prepared(convert(start, to=c.mixer, seed=c.seed, **self.mixer_args(c.mixer, r)))
+    args = like_attention(start.config) if r.reuse else self.mixer_args(c.mixer, r)
+    student = self.prepared(convert(start, to=c.mixer, seed=c.seed, **args))
+    if r.reuse=='weights': reuse_attention(student, start)
+    if r.reset: reset(student, r.reset, c.seed)
     return student,guidance_for(c.mode, r, target, source, find_snapshots(standard/'train'), self.load, self.task_loss(source, labels), **self.trajectory(r))
 
 # %% ../nbs/03c_experiment.ipynb #4fd17c99
@@ -207,6 +217,11 @@ def evenly(ds, n:int)->list:
     "`n` samples of `ds`, evenly spaced, or all that there are"
     n = min(n, len(ds))
     return [ds[i*len(ds)//n] for i in range(n)]
+
+def some(ds, share:float, seed:int):
+    "A `share` of the samples of `ds`, one at least, drawn by `seed`: a larger one has those of a smaller one too"
+    order = torch.randperm(len(ds), generator=torch.Generator().manual_seed(seed))
+    return torch.utils.data.Subset(ds, order[:max(1, round(share*len(ds)))].tolist())
 
 @patch
 def probe(self:Experiment, ds)->dict:
@@ -220,6 +235,7 @@ def train_cell(self:Experiment, c, run, data, store)->dict:
     standard,labels = self.standard_run(c, store, data),self.labels(data, task)
     model,guidance = self.ready(c, r, labels, standard and standard.folder)
     sets,result = {s: self.part(data, task, s) for s in ('train','dev','test')},{}
+    if r.train_share<1: sets['train'] = some(sets['train'], r.train_share, c.seed)
     lr,n = r.of(c.mode)
     total = dict(total=True) if loss_preset(r.loss).per=='item' else {} # the task loss then is a sum, too
     if n:

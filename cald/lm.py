@@ -212,7 +212,7 @@ class Lm(Experiment):
     tasks = {n: Task(n, f'{n}, perplexity', 'perplexity', False) for n in _steps}
     recipe,mixer = LmRecipe,'mamba'
     rows = {'standard':{}, 'unguided':{}, 'target':{}, 'hybrid':{}, 'random weights':dict(mode='unguided', init='source', random_student=True)}
-    modules = [f'cald.{m}' for m in 'mixers scan students convert pretrained state guidance distill experiment tokens lm'.split()]
+    modules = [f'cald.{m}' for m in 'mixers scan students convert ablation pretrained state guidance distill experiment tokens lm'.split()]
     metrics = dict(perplexity='perplexity', bits='bits per byte')
     student = (*Experiment.student, 'd_state', 'd_inner', 'dt_rank', 'random_student')
 

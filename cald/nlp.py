@@ -33,7 +33,9 @@ class TextRecipe(Recipe):
     lr_teacher:float=0.    # of the trajectory's teacher; 0: the standard model's
     cycle:int=1            # steps of the student for each of the trajectory's teacher
     random_student:bool=False # the converted model starts from random weights
-    def __post_init__(self): check_name(self.share, SHARES, 'way to share')
+    def __post_init__(self):
+        super().__post_init__()
+        check_name(self.share, SHARES, 'way to share')
 
 # %% ../nbs/04a_nlp.ipynb #36165183
 RATES = dict(smoke=[1e-3,2e-3], demo=[2.5e-4,5e-4,1e-3,2e-3], paper=[1e-5,3e-5,1e-4,3e-4]) # what the search tries
@@ -66,7 +68,7 @@ class Nlp(Experiment):
     recipe,mixer = TextRecipe,'linformer'
     rows = {'standard':{}, 'standard, random weights':dict(mode='standard', random=True), 'unguided':{}, 'unguided, source':dict(mode='unguided', init='source'), 'unguided, searched':dict(mode='unguided'), 'target':{}, 'target, source':dict(mode='target', init='source'),
             'trajectory':{}, 'waypoint':{}, 'hybrid':{}, 'random weights':dict(mode='unguided', init='source', random_student=True)}
-    modules = [f'cald.{m}' for m in 'mixers students convert pretrained state guidance distill experiment text_tasks nlp'.split()]
+    modules = [f'cald.{m}' for m in 'mixers students convert ablation pretrained state guidance distill experiment text_tasks nlp'.split()]
     metrics = dict(accuracy='accuracy', f1='F1')
     student = (*Experiment.student, 'k', 'share', 'lr_teacher', 'cycle', 'random_student')
 

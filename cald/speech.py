@@ -45,7 +45,7 @@ SOURCES = dict(demo='wav2vec2-demo', paper='facebook/wav2vec2-large-lv60')
 class Speech(Experiment):
     "Table 3: Wav2Vec2 and its bidirectional Mamba2 students"
     tasks,recipe,processor = TASKS,SpeechRecipe,Wav2Vec2FeatureExtractor()
-    modules = [f'cald.{m}' for m in 'mixers students convert pretrained state guidance distill experiment speech_tasks speech'.split()]
+    modules = [f'cald.{m}' for m in 'mixers students convert ablation pretrained state guidance distill experiment speech_tasks speech'.split()]
     metrics = dict(wer='WER', cer='CER', joint='accuracy', slots='slot accuracy')
     student = (*Experiment.student, 'd_state', 'headdim')
 

@@ -96,6 +96,18 @@ def test_a_student_takes_its_own_number_of_steps_and_all_its_waypoints(data, tmp
     assert run.metrics().step.max()==4
     assert run.metrics().waypoint.dropna().tolist()==[3,6]
 
+def test_mixers_may_begin_with_attentions_projections_of_the_teacher(data, tmp_path):
+    home,source,corpora = data
+    store,cells = Store(tmp_path),{}
+    for how in ('shape','weights'): (_,first),(_,cells[how]) = exp.grid(['asr'], ['target'], [0], source, 'smoke', steps=2, reuse=how)
+    teacher = load_trained(train(exp, store, first, corpora['asr']).folder/'model').base_model.encoder.layers[0].attention
+    for how,c in cells.items():
+        run = train(exp, store, c, corpora['asr'])
+        student = exp.ready(c, exp.recipe(**run.settings), exp.labels(corpora['asr'], TASKS['asr']), store.run(first, corpora['asr'].hash).folder)[0]
+        mixer = student.base_model.encoder.layers[0].attention.mixer.bw
+        keys = mixer.in_proj.weight[2*mixer.d_inner:3*mixer.d_inner] # those that make B
+        assert keys.shape==teacher.k_proj.weight.shape and torch.equal(keys, teacher.k_proj.weight)==(how=='weights')
+
 def test_a_helper_trains_cells_of_the_same_grid(data, tmp_path, monkeypatch):
     home,source,corpora = data
     monkeypatch.setenv('PYTHONPATH', str(Path(__file__).parents[1]))
