@@ -140,19 +140,24 @@ KINDS = dict(text=(nlp,nlp.Nlp), speech=(speech,speech.Speech))
 
 @dataclass
 class Study:
-    "The runs of one table, with what is needed to run their models"
-    kind:str; exp:object; data:dict; store:Store; results:pd.DataFrame
+    "Tasks of one table and their runs, with what is needed to train more and to run their models"
+    kind:str; exp:object; reads:dict; data:dict; store:Store; results:pd.DataFrame=None
 
-def read_study(kind:str, tasks, modes, seeds, scale, source='', runs='', steps=0, workers=1, retrain=False)->Study:
+    def train(self, modes, seeds, rows=None, steps=0, workers=1, retrain=False)->pd.DataFrame:
+        "The results of `modes`, rows of the table or of `rows`; those that are missing are trained"
+        what = {k: self.reads[k] for k in ('tasks','source','scale')} | dict(modes=list(modes), seeds=seeds, rows=rows, steps=steps or None, steps_student=steps or None)
+        return self.exp.train(self.reads, what, self.data, self.store, retrain, workers)
+
+def read_study(kind:str, tasks, modes, seeds, scale, source='', runs='', **kwargs)->Study: # kwargs: of `train`
     "Read the data and the runs of one table, 'text' or 'speech'; runs that are missing are trained"
     module,make = KINDS[check_name(kind, KINDS, 'kind of study')]
     exp,cache = make(),cache_folder()
     source = source or (module.smoke_source(cache) if scale=='smoke' else module.SOURCES[scale])
     reads = dict(tasks=tasks, source=source, cache=str(cache), scale=scale, own={})
     if kind=='speech': reads |= dict(keep=scale!='paper', drop=scale=='smoke')
-    what = dict(tasks=tasks, modes=modes, seeds=seeds, source=source, scale=scale, steps=steps or None, steps_student=steps or None)
-    data,store = exp.read(**reads),Store(runs or None, exp.modules)
-    return Study(kind, exp, data, store, exp.train(reads, what, data, store, retrain, workers))
+    study = Study(kind, exp, reads, exp.read(**reads), Store(runs or None, exp.modules))
+    study.results = study.train(modes, seeds, **kwargs)
+    return study
 
 # %% ../nbs/06_analysis.ipynb #6a4d69c3
 @patch

@@ -57,6 +57,9 @@ ARTEFACTS = [
     Artefact('fig3', 'Figure 3: shift of the hidden states', '06a_trajectories', f'{_both} trajectories', files='shift', **_of_both),
     Artefact('fig4', 'Figure 4: trajectories of the hidden states', '06a_trajectories', f'{_both} trajectories', files='fig4_progress', **_of_both),
     Artefact('cka', 'CKA maps of teacher and students', '06_analysis', _both, files='cka_stages cka_result', group='cka', **_of_both),
+    *(Artefact(f'q{i}_{n}', f'Question {i}: {title}', '06c_questions', f'{_both} trajectories questions', dict(questions=[i]), group='questions', free=('questions',), **{**_of_both, 'minutes':m})
+      for i,(n,title,m) in enumerate([('shift', 'trajectory guidance and the shift', 4), ('switch', 'where hybrid switches', 4), ('size', 'the size of the training set', 14),
+                                      ('parts', 'what carries the conversion', 7), ('loss', 'the layer loss', 12)], 1)),
     Artefact('source', 'Pretrained against random weights', '05_speech', params=dict(random=True), group='more', minutes=25, **_of_speech),
     Artefact('digits', 'Recorded digits', '05_speech', params=dict(data='{data}/fsdd', table='digits', steps=600, tasks=['asr','speaker'],
              modes=['standard','unguided','target','hybrid']), files='digits_modes digits_curves', group='more', minutes=15, **_of_speech)]

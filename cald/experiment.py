@@ -257,16 +257,19 @@ def train_cell(self:Experiment, c, run, data, store)->dict:
 # %% ../nbs/03c_experiment.ipynb #d9aa6560
 @patch
 def grid(self:Experiment, tasks:list, modes:list, # names of rows
-         seeds:list, source:str, scale:str, **overrides)->list:
+         seeds:list, source:str, scale:str,
+         rows:dict=None, # other rows than the table's
+         **overrides)->list:
     "The cells of the table as (row, cell), seed by seed"
+    known = rows or self.rows
     for t in tasks: check_name(t, self.tasks, 'task')
-    for m in modes: check_name(m, self.rows, 'mode')
+    for m in modes: check_name(m, known, 'mode')
     def one(row, t, s):
-        own = {'mode':row, **{k: v[t] if isinstance(v, dict) else v for k,v in self.rows[row].items()}}
+        own = {'mode':row, **{k: v[t] if isinstance(v, dict) else v for k,v in known[row].items()}}
         c = cell(t, **{'source':source, 'mixer':self.mixer, 'seed':s, 'scale':scale, **overrides, **own})
         return row,self.standard_cell(c) if c.mode=='standard' else c
-    rows = [m for m in self.rows if m=='standard' or m in modes]
-    return [one(m, t, s) for s in seeds for m in rows for t in tasks]
+    chosen = [m for m in known if m=='standard' or m in modes]
+    return [one(m, t, s) for s in seeds for m in chosen for t in tasks]
 
 # %% ../nbs/03c_experiment.ipynb #ce1c65eb
 @patch

@@ -133,11 +133,11 @@ def with_baseline(self:Nlp, summary, # of `table`
 
 # %% ../nbs/04a_nlp.ipynb #4902bf2b
 HYPER = dict( # setting: name, the column of the paper's Table 4, how ours was found at scale demo and at scale paper
-    lr_student=('learning rate, guided students', 'LR', 'not searched yet', 'not searched'),
-    lr_unguided=('learning rate, unguided, searched', '', 'not searched yet', 'not searched'),
+    lr_student=('learning rate, guided students', 'LR', 'searched on dev', 'not searched'),
+    lr_unguided=('learning rate, unguided, searched', '', 'searched on dev', 'not searched'),
     lr=('learning rate, standard', '', 'by hand on dev', "default of the reference's script"),
     lr_teacher=('learning rate, teacher of trajectory', 'Teacher LR', 'as standard', 'as standard'),
-    alpha=('weight of the layer loss', 'alpha_LD', 'not searched yet', 'not searched'),
+    alpha=('weight of the layer loss', 'alpha_LD', 'by hand on dev', 'not searched'),
     share=('projections shared', 'share mode', 'fixed', 'not searched'),
     cycle=('steps for each of the trajectory teacher', 'T_u', 'fixed', "default of the reference's script"),
     until=('share of the steps until hybrid lets go', '', "the reference's", "the reference's"),
