@@ -40,8 +40,8 @@ class TextRecipe(Recipe):
 # %% ../nbs/04a_nlp.ipynb #36165183
 RATES = dict(smoke=[1e-3,2e-3], demo=[2.5e-4,5e-4,1e-3,2e-3], paper=[1e-5,3e-5,1e-4,3e-4]) # what the search tries
 CHOSEN = dict( # scale -> mode -> task -> learning rate of the students
-    demo= dict(target=  dict(qnli=1e-3, qqp=1e-3, sst2=1e-3, imdb=1e-3),
-               unguided=dict(qnli=5e-4, qqp=5e-4, sst2=5e-4, imdb=5e-4)),
+    demo= dict(target=  dict(qnli=2e-3, qqp=2e-3,   sst2=1e-3, imdb=1e-3),
+               unguided=dict(qnli=2e-3, qqp=2.5e-4, sst2=1e-3, imdb=2.5e-4)),
     paper=dict(target=  dict(qnli=3e-5, qqp=3e-5, sst2=3e-5, imdb=3e-5),
                unguided=dict(qnli=3e-5, qqp=3e-5, sst2=3e-5, imdb=3e-5)))
 SEARCH_SEED = 1000 # of the search alone
