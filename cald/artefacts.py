@@ -61,6 +61,12 @@ ARTEFACTS = [
       for i,(n,title,m) in enumerate([('shift', 'trajectory guidance and the shift', 4), ('switch', 'where hybrid switches', 4), ('size', 'the size of the training set', 14),
                                       ('parts', 'what carries the conversion', 7), ('loss', 'the layer loss', 12)], 1)),
     Artefact('source', 'Pretrained against random weights', '05_speech', params=dict(random=True), group='more', minutes=25, **_of_speech),
+    Artefact('sst2', 'Real sentences: SST-2', '04a_nlp', _text, dict(data_sst2='{data}/sst2', files='sentences', drop=True, table='sst2', tasks=['sst2']),
+             files='sst2_modes sst2_curves sst2_settings', group='more', free=('search','rates'), minutes=5),
+    Artefact('imdb', 'Real reviews: IMDB', '04a_nlp', _text, dict(data_imdb='{data}/imdb', drop=True, table='imdb', tasks=['imdb']),
+             files='imdb_modes imdb_curves imdb_settings', group='more', free=('search','rates'), minutes=10),
+    Artefact('wikitext2', 'Real text: WikiText-2', '04b_lm', f'{_core} text_data tokens lm', dict(data='{data}/wikitext2/valid.txt', steps_standard=400, table='wikitext2'),
+             files='wikitext2_modes wikitext2_curves', group='more', minutes=20),
     Artefact('digits', 'Recorded digits', '05_speech', params=dict(data='{data}/fsdd', table='digits', steps=600, tasks=['asr','speaker'],
              modes=['standard','unguided','target','hybrid']), files='digits_modes digits_curves', group='more', minutes=15, **_of_speech)]
 

@@ -50,8 +50,8 @@ SEARCH_SEED = 1000 # of the search alone
 _demo = dict(batch=16, steps_student=500, alpha=10., dropout=0., evals=5, k=16, length=128, warmup=.1, weight_decay=0.)
 _smoke = dict(steps=4, batch=8, lr=1e-3, lr_student=1e-3, alpha=1., evals=2, k=4, length=32, dropout=0.)
 _paper = dict(batch=16, accumulate=2, lr=3e-5, alpha=1., evals=40, waypoints=10, loss='paper-nlp', teacher_train=True, warmup=.06, weight_decay=0.)
-_own = dict(qnli=dict(steps=2250, steps_student=750, lr=3e-4), qqp=dict(steps=2250, steps_student=750, lr=3e-4), sst2=dict(steps=800, lr=5e-4),
-            imdb=dict(steps=600, steps_student=300, lr=3e-4, length=256, batch=8)) # at scale demo
+_own = dict(qnli=dict(steps=2000, steps_student=750, lr=3e-4), qqp=dict(steps=2000, steps_student=750, lr=3e-4), sst2=dict(steps=800, lr=5e-4),
+            imdb=dict(steps=500, steps_student=200, lr=3e-4, length=256, batch=8, evals=4)) # at scale demo
 _steps = dict(qnli=(32740,10_000), qqp=(113710,40_000), sst2=(21050,5000), imdb=(7820,3000)) # of the paper: in all, and until hybrid lets its teacher go
 
 for _t,(_n,_stop) in _steps.items():
