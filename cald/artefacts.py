@@ -40,8 +40,9 @@ class Artefact:
     def path(self): return tree()/'nbs'/f'{self.notebook}.ipynb'
 
 # %% ../nbs/07a_artefacts.ipynb #185ec54a
-_core = 'mixers scan students convert ablation pretrained state guidance distill states experiment'
-_text,_speech = f'{_core} text stand_ins text_data text_tasks nlp',f'{_core} speech_tasks speech_data corpora voices commands speech'
+_core = 'mixers scan students convert ablation state guidance distill states experiment'
+_text,_speech = f'{_core} pretrained text stand_ins text_data text_tasks nlp',f'{_core} pretrained speech_tasks speech_data corpora voices commands speech'
+_lm = f'{_core} pretrained text stand_ins text_data tokens lm'
 _of_text = dict(modules=_text, packages=tuple(PACKAGES))
 _of_speech = dict(modules=_speech, packages=('espeakng-loader',))
 _of_both = dict(packages=(*PACKAGES,'espeakng-loader'), after=('table1','table3'), minutes=5, gpu_hours=1)
@@ -49,7 +50,7 @@ _both = ' '.join(dict.fromkeys(f'{_text} {_speech} analysis'.split()))
 
 ARTEFACTS = [
     Artefact('table1', 'Table 1: RoBERTa to Linformer', '04a_nlp', files='table1_modes table1_curves', free=('search','rates'), minutes=25, gpu_hours=40, **_of_text),
-    Artefact('table2', 'Table 2: Pythia to Mamba', '04b_lm', f'{_core} text stand_ins text_data tokens lm', files='table2_modes table2_curves', packages=tuple(PACKAGES), minutes=20, gpu_hours=1500),
+    Artefact('table2', 'Table 2: Pythia to Mamba', '04b_lm', _lm, files='table2_modes table2_curves', packages=tuple(PACKAGES), minutes=20, gpu_hours=1500),
     Artefact('table3', 'Table 3: Wav2Vec2 to bidirectional Mamba2', '05_speech', files='table3_modes table3_curves', free=('random',), minutes=25, gpu_hours=690, **_of_speech),
     Artefact('table4', 'Table 4: settings of Table 1', '04a_nlp', free=('search','rates'), minutes=0, gpu_hours=0, **_of_text),
     Artefact('fig1', 'Figure 1: modes of guidance', '06b_drawings', f'{_core} drawings', minutes=1, gpu_hours=0),
@@ -65,7 +66,7 @@ ARTEFACTS = [
              files='sst2_modes sst2_curves sst2_settings', group='more', free=('search','rates'), minutes=5),
     Artefact('imdb', 'Real reviews: IMDB', '04a_nlp', _text, dict(data_imdb='{data}/imdb', drop=True, table='imdb', tasks=['imdb']),
              files='imdb_modes imdb_curves imdb_settings', group='more', free=('search','rates'), minutes=10),
-    Artefact('wikitext2', 'Real text: WikiText-2', '04b_lm', f'{_core} text_data tokens lm', dict(data='{data}/wikitext2/valid.txt', steps_standard=400, table='wikitext2'),
+    Artefact('wikitext2', 'Real text: WikiText-2', '04b_lm', _lm, dict(data='{data}/wikitext2/valid.txt', steps_standard=400, table='wikitext2'),
              files='wikitext2_modes wikitext2_curves', group='more', minutes=20),
     Artefact('digits', 'Recorded digits', '05_speech', params=dict(data='{data}/fsdd', table='digits', steps=600, tasks=['asr','speaker'],
              modes=['standard','unguided','target','hybrid']), files='digits_modes digits_curves', group='more', minutes=15, **_of_speech)]

@@ -84,9 +84,9 @@ def closure(module, seen=None):
     return seen
 
 # Modules that the notebooks reach and that decide none of their numbers: records and plans; the making of sources, whose weights are
-# hashed; and for text what the speech modules bring along with two small helpers
+# hashed; and what that brings along for text
 NOT_COUNTED = {'grid','store','runs','sources','units','text_sources'}
-FOR_SPEECH = {'speech_tasks','speech_data','corpora','voices','commands'}
+FOR_SPEECH = {'speech_data','voices','commands'}
 
 @pytest.mark.parametrize('a', here, ids=lambda a: a.name)
 def test_the_modules_of_an_artefact_are_those_that_its_notebook_imports(a):
