@@ -48,7 +48,9 @@ def plot_rows(results, tasks:dict, x:dict, # row -> position
                 if ci[r].n>1: ax.plot([x[r]]*2, [ci[r].low,ci[r].high], color=c, lw=1, alpha=.6)
         ax.set(title=f'{tasks[t].title}, {"more" if tasks[t].higher else "less"} is better', xlabel=xlabel)
         ax.title.set_fontsize(9)
-        if log: ax.set_xscale('log')
+        if log:
+            ax.set_xscale('log'); ax.minorticks_off()
+            ax.set_xticks(sorted(set(x.values())), [f'{v:g}' for v in sorted(set(x.values()))])
         ax.grid(alpha=.3)
     fig.legend(*axs[0][0].get_legend_handles_labels(), ncol=6, loc='outside lower center', frameon=False, fontsize=8)
     return fig
