@@ -29,7 +29,7 @@ from .tokens import Tokens,pack,read_lm,write_tokens
 @dataclass(frozen=True)
 class LmRecipe(Recipe):
     "How one cell of Table 2 is trained"
-    rows:int=0             # rows of text of the largest budget; 0 or -1: all there are
+    train_rows:int=0       # rows of text of the largest budget; 0 or -1: all there are
     share:float=1.         # of those
     length:int=128         # tokens that the model is given in a row
     dev_rows:int=200       # rows to choose the best step by
@@ -41,9 +41,9 @@ class LmRecipe(Recipe):
     random_student:bool=False # the converted model starts from random weights
 
 # %% ../nbs/04b_lm.ipynb #0b51215b
-_smoke = dict(batch=4, lr_student=1e-3, alpha=1., evals=2, rows=64, length=32, dev_rows=8, test_rows=16, d_state=4)
-_demo = dict(batch=16, lr_student=2e-3, alpha=100., evals=5, rows=3200, test_rows=500, length=128, warmup=.06, decay='cosine', weight_decay=.01)
-_paper = dict(batch=8, accumulate=16, lr_student=3e-4, alpha=15., loss='paper-lm', evals=40, rows=2_928_640, length=2048, warmup=.03, decay='cosine',
+_smoke = dict(batch=4, lr_student=1e-3, alpha=1., evals=2, train_rows=64, length=32, dev_rows=8, test_rows=16, d_state=4)
+_demo = dict(batch=16, lr_student=2e-3, alpha=100., evals=5, train_rows=3200, test_rows=500, length=128, warmup=.06, decay='cosine', weight_decay=.01)
+_paper = dict(batch=8, accumulate=16, lr_student=3e-4, alpha=15., loss='paper-lm', evals=40, train_rows=2_928_640, length=2048, warmup=.03, decay='cosine',
               weight_decay=.1, bf16=True, teacher_train=True, judge_batch=4, test_rows=500, d_inner=5120, dt_rank=160)
 _steps = dict(small=(4,100,11440), medium=(8,200,22880), large=(16,400,45760)) # of a student, by scale
 SHARES = dict(small=.25, medium=.5, large=1.)
@@ -166,7 +166,7 @@ class LmData:
 def read_rows(path, tokenizer, cache, scale:str, r:LmRecipe, seed:int=0)->tuple: # split -> rows; name of the data; hash
     "Rows to train, select and test on"
     data = read_lm(path, cache, scale)
-    n = max(r.rows, 0)
+    n = max(r.train_rows, 0)
     if isinstance(data, Tokens):
         parts,name = hold_out(data, r.length, r.dev_rows, r.test_rows),data.index.name
         seen = parts['train']
@@ -222,7 +222,7 @@ class Lm(Experiment):
         r,cfg = next(iter(rs.values())),lm_config(source)
         self.tokenizer = AutoTokenizer.from_pretrained(find_source(source))
         parts,name,hash_ = read_rows(path, self.tokenizer, cache, scale, r, seed)
-        have = min(max(r.rows, 0) or len(parts['train']), len(parts['train']))
+        have = min(max(r.train_rows, 0) or len(parts['train']), len(parts['train']))
         n = {t: round(have*q.share) for t,q in rs.items()}
         if short := [t for t in tasks if not n[t]]: raise TextError(f'{name}: {have} rows of {r.length} tokens leave none for the budget {short[0]!r}')
         check_rows(parts, cfg, r.length, max(n.values()), source, name)

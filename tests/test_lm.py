@@ -42,7 +42,7 @@ def test_budgets_are_beginnings_of_one_another_and_the_order_follows_from_the_se
     assert (rows(other, 'test')==rows(again, 'test')).all()           # held-out text is the same
 
 def test_held_out_text_is_of_other_files(source, cache):
-    exp,data = read(source, cache, rows=-1, dev_rows=10**6, test_rows=10**6)
+    exp,data = read(source, cache, train_rows=-1, dev_rows=10**6, test_rows=10**6)
     have = {s: '\n'.join(exp.tokenizer.decode(r[1:]) for r in rows(data['small'], s)) for s in ('train','dev','test')}
     for s in ('dev','test'):
         seen = [l for l in have[s].split('\n') if len(l)>60]
@@ -88,7 +88,7 @@ def test_tokens_of_another_model_and_other_faults_stop_before_training(source, c
     with pytest.raises(TextError, match='10 sequences are too few to hold out 16 rows'): read(source, cache, path=str(tmp_path/'few.idx'))
     (tmp_path/'t.jsonl').write_text('\n'.join(json.dumps(dict(text=f'row {i}')) for i in range(40)))
     with pytest.raises(TextError, match=r't.jsonl, dev: \d+ tokens do not fill a row of 32\+1'): read(source, cache, path=str(tmp_path/'t.jsonl'))
-    with pytest.raises(TextError, match="leave none for the budget 'small'"): read(source, cache, rows=1)
+    with pytest.raises(TextError, match="leave none for the budget 'small'"): read(source, cache, train_rows=1)
     with pytest.raises(ValueError, match='pretrained on at most 64: give a smaller length'): read(source, cache, length=65)
     with pytest.raises(ValueError, match='did you mean'): read(source, cache, lenght=16)
     BertConfig().save_pretrained(tmp_path/'bert')
@@ -145,7 +145,7 @@ def test_a_teacher_that_is_fine_tuned_first_is_where_its_students_start(source, 
     teacher = weights(exp, tuned['standard'])
     same = [k for k in start if k in teacher]
     assert len(same)>=10 and all(torch.equal(start[k], teacher[k]) for k in same)
-    few,all_ = (exp.standard_cell(cells(steps=3, rows=n)['unguided']) for n in (32,64))
+    few,all_ = (exp.standard_cell(cells(steps=3, train_rows=n)['unguided']) for n in (32,64))
     assert few!=all_, 'what it was trained on is part of its name'
 
 def test_the_papers_sizes(source):
