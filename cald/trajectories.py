@@ -92,7 +92,7 @@ def plot_shift(shift, titles, mode:str='standard'):
         one = g[(g.task==task) & (g.state>0)]
         v = one.groupby('step')['shift'].mean()
         axs[0].plot(v.index, v, ls, color=KIND_COLOURS[one.kind.iloc[0]], label=f'{titles[task]} ({one.kind.iloc[0]})', marker='o', ms=2)
-    axs[0].set_title('mean over layers', fontsize=9); axs[0].legend(fontsize=7, frameon=False)
+    axs[0].set_title('mean over layers', fontsize=9); axs[0].legend(fontsize=7, frameon=False, loc='upper left', handlelength=3.5)
     for ax,task in zip(axs[1:], tasks):
         one = g[g.task==task]
         for l,s in one.groupby('state'):
@@ -100,7 +100,7 @@ def plot_shift(shift, titles, mode:str='standard'):
             ax.plot(v.mean(), color=c, label=str(l), lw=1.2, marker='o', ms=2)
             ax.fill_between(v.min().index, v.min(), v.max(), color=c, alpha=.2, lw=0)
         ax.set_title(titles[task], fontsize=9)
-        if one.state.max()<9: ax.legend(fontsize=7, frameon=False, title='layer', title_fontsize=7, ncol=2)
+        if one.state.max()<9: ax.legend(fontsize=7, frameon=False, title='layer', title_fontsize=7, ncol=2, loc='upper left')
     for ax in axs[:n]: step_axis(ax)
     for ax in axs[n:]: ax.remove()
     for row in range(rows): axs[row*cols].set_ylabel('cosine distance')
@@ -180,16 +180,19 @@ def progress(paths:dict, state:int=-1)->pd.DataFrame:
 def plot_progress(where, titles):
     "Along (above) and off (below) the way from source to teacher, against the share of steps; mean over seeds, and the range"
     tasks = [t for t in titles if t in set(where.task)]
-    fig,axs = plt.subplots(2, len(tasks), figsize=(max(3*len(tasks), 5), 4.8), sharex=True, squeeze=False, layout='constrained')
-    for row,what in zip(axs, ('along','off')):
-        for ax,task in zip(row, tasks):
+    cols = min(len(tasks), 4); bands = -(-len(tasks)//cols)
+    fig,axs = plt.subplots(2*bands, cols, figsize=(max(3*cols, 5), 4.4*bands+.4), squeeze=False, layout='constrained')
+    for i,task in enumerate(tasks):
+        for j,what in enumerate(('along','off')):
+            ax = axs[2*(i//cols)+j, i%cols]
             for mode,g in where[where.task==task].groupby('mode', sort=False):
                 v,c = g.groupby('step'),colour_of(mode)
                 x,v = v.fraction.mean(),v[what]
                 ax.plot(x, v.mean(), color=c, marker='o', ms=2.5, lw=1.2, label='teacher' if mode=='standard' else mode)
                 ax.fill_between(x, v.min(), v.max(), color=c, alpha=.15, lw=0)
             if what=='along': ax.axhline(1, color='.6', lw=.8, ls=':'); ax.set_title(titles[task], fontsize=9)
-            ax.set_ylabel(what if task==tasks[0] else ''); ax.grid(alpha=.3)
-    for ax in axs[1]: ax.set_xlabel('share of the steps')
+            else: ax.set_xlabel('share of the steps')
+            ax.set_ylabel('' if i%cols else what); ax.grid(alpha=.3)
+    for ax in [a for band in np.split(axs, bands) for a in band.T.flat][2*len(tasks):]: ax.remove()
     fig.legend(*axs[0][0].get_legend_handles_labels(), ncol=6, loc='outside lower center', frameon=False, fontsize=8)
     return fig
