@@ -830,6 +830,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'cald.tokens.token_parts': ('tokens.html#token_parts', 'cald/tokens.py'),
                              'cald.tokens.write_tokens': ('tokens.html#write_tokens', 'cald/tokens.py')},
             'cald.trajectories': { 'cald.trajectories.along_and_off': ('trajectories.html#along_and_off', 'cald/trajectories.py'),
+                                   'cald.trajectories.begin_and_end': ('trajectories.html#begin_and_end', 'cald/trajectories.py'),
                                    'cald.trajectories.cosine_shift': ('trajectories.html#cosine_shift', 'cald/trajectories.py'),
                                    'cald.trajectories.how_soon': ('trajectories.html#how_soon', 'cald/trajectories.py'),
                                    'cald.trajectories.path_of': ('trajectories.html#path_of', 'cald/trajectories.py'),

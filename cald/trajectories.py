@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['KIND_COLOURS', 'rebuilt', 'path_of', 'shares', 'paths_of', 'cosine_shift', 'spread', 'shifts', 'step_axis',
            'plot_shift', 'how_soon', 'vectors', 'project', 'projected', 'plot_paths', 'along_and_off', 'progress',
-           'plot_progress']
+           'begin_and_end', 'plot_progress']
 
 # %% ../nbs/06a_trajectories.ipynb #fe0645a5
 import matplotlib.pyplot as plt,numpy as np,pandas as pd,torch
@@ -175,6 +175,13 @@ def progress(paths:dict, state:int=-1)->pd.DataFrame:
         t,off = along_and_off(vectors(p, state), teacher[0], teacher[-1])
         rows += [dict(task=task, mode=mode, seed=seed, step=int(s), fraction=f, along=a.item(), off=o.item()) for s,f,a,o in zip(p['steps'], shares(p), t, off)]
     return pd.DataFrame(rows)
+
+# %% ../nbs/06a_trajectories.ipynb #6a000001
+def begin_and_end(where)->pd.DataFrame:
+    "Mean over seeds of along and off at the start and the end of each path, and of the furthest that it is along on its way"
+    runs = where.groupby(['task','mode','seed'], sort=False)
+    own = pd.DataFrame({f'{w} {n}': getattr(runs[w], f)() for n,f in (('at start','first'),('at end','last')) for w in ('along','off')}).assign(furthest=runs.along.max())
+    return own.groupby(['task','mode'], sort=False).mean().reset_index()
 
 # %% ../nbs/06a_trajectories.ipynb #3ac94531
 def plot_progress(where, titles):
