@@ -27,6 +27,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'cald.analysis.cka': ('analysis.html#cka', 'cald/analysis.py'),
                                'cald.analysis.columns': ('analysis.html#columns', 'cald/analysis.py'),
                                'cald.analysis.matched': ('analysis.html#matched', 'cald/analysis.py'),
+                               'cald.analysis.panels': ('analysis.html#panels', 'cald/analysis.py'),
                                'cald.analysis.plot_against': ('analysis.html#plot_against', 'cald/analysis.py'),
                                'cald.analysis.plot_maps': ('analysis.html#plot_maps', 'cald/analysis.py'),
                                'cald.analysis.plot_stages': ('analysis.html#plot_stages', 'cald/analysis.py'),

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'Sums', 'CKA', 'cka', 'whiten', 'canonical', 'svcca', 'pwcca', 'align', 'matched', 'Study', 'read_study',
-           'alignments', 'shown', 'whole', 'columns', 'plot_maps', 'plot_stages', 'against_result', 'rank_correlations',
-           'plot_against']
+           'alignments', 'shown', 'whole', 'panels', 'columns', 'plot_maps', 'plot_stages', 'against_result',
+           'rank_correlations', 'plot_against']
 
 # %% ../nbs/06_analysis.ipynb #8e1b2846
 from dataclasses import dataclass
@@ -196,6 +196,20 @@ def whole(stage:str)->bool:
     "Is `stage` a hidden state between layers?"
     return ' ' not in stage
 
+# %% ../nbs/06_analysis.ipynb #6a000010
+def panels(names, rows:int=1, width:float=3., height:float=2.2, cols:int=4, # panels side by side, at most
+           sharey:bool=False,
+          )->tuple: # figure, (rows, names) axes
+    "A figure with a column of `rows` axes for each of `names`, `cols` of them side by side; y labels belong to `axs[:,::cols]`"
+    bands,wide = -(-len(names)//cols),min(len(names), cols)
+    fig,axs = plt.subplots(bands*rows, wide, figsize=(max(width*wide, 5), height*bands*rows+.5), squeeze=False, layout='constrained')
+    axs = axs.reshape(bands, rows, wide).swapaxes(0, 1).reshape(rows, -1)
+    for ax in axs[:,len(names):].flat: ax.remove()
+    axs = axs[:,:len(names)]
+    for row in axs if sharey else []:
+        for ax in row[1:]: ax.sharey(row[0])
+    return fig,axs
+
 # %% ../nbs/06_analysis.ipynb #d1682c84
 def columns(df)->list: # (mode, when, title)
     "What is shown of the students of `df`: converted models before training, one for each place to start from, then how each mode ends"
@@ -226,18 +240,18 @@ def plot_maps(layers, tasks, titles):
 # %% ../nbs/06_analysis.ipynb #c990d039
 def plot_stages(stages, tasks, titles, measures=('cka','svcca','pwcca')):
     "Likeness of each stage to the teacher's: mean over seeds, and the range between them"
-    fig,axs = plt.subplots(len(measures), len(tasks), figsize=(max(3.1*len(tasks), 5), 2.1*len(measures)+.5), sharey='row', sharex='col', squeeze=False, layout='constrained')
+    fig,axs = panels(tasks, len(measures), height=2.1, sharey=True)
     for row,measure in zip(axs, measures):
-        for ax,task in zip(row, tasks):
+        for i,(ax,task) in enumerate(zip(row, tasks)):
             for mode,when,title in columns(stages):
                 g = stages[(stages.task==task) & (stages['mode']==mode) & (stages.when==when)]
                 v = g.groupby('stage', sort=False)[measure]
                 look = dict(color='.55', ls=':' if title.endswith('source') else '--') if when=='start' else dict(color=colour_of(mode), ls='--' if ',' in mode else '-')
                 ax.plot(v.mean().index, v.mean(), marker='o', ms=3, lw=1.3, label=title, **look)
                 ax.fill_between(v.min().index, v.min(), v.max(), color=look['color'], alpha=.15, lw=0)
-            ax.tick_params(axis='x', labelrotation=90, labelsize=7)
+            ax.tick_params(axis='x', labelrotation=90, labelsize=7, labelbottom=measure==measures[-1])
             ax.grid(alpha=.3)
-            if ax is row[0]: ax.set_ylabel(measure.upper())
+            if i%4==0: ax.set_ylabel(measure.upper())
             if measure==measures[0]: ax.set_title(titles[task], fontsize=9)
     fig.legend(*axs[0][0].get_legend_handles_labels(), ncol=7, loc='outside lower center', frameon=False, fontsize=8)
     return fig
@@ -261,7 +275,7 @@ def rank_correlations(points, higher:dict)->pd.DataFrame: # task -> is more bett
 # %% ../nbs/06_analysis.ipynb #68067cf2
 def plot_against(points, tasks, labels):
     "Mean CKA of the layers against the test metric, a panel for each task"
-    fig,axs = plt.subplots(1, len(tasks), figsize=(max(2.9*len(tasks), 5), 2.9), squeeze=False, layout='constrained')
+    fig,axs = panels(tasks, height=2.7)
     for ax,task in zip(axs[0], tasks):
         for mode,g in points[points.task==task].groupby('mode', sort=False): ax.plot(g.cka, g.result, 'o', ms=5, color=colour_of(mode), alpha=.8, label=mode)
         ax.set(xlabel='mean CKA with the teacher', title=labels[task])

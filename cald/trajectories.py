@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 # %% ../nbs/06a_trajectories.ipynb #9a8d450b
-from .analysis import Study,read_study
+from .analysis import Study,panels,read_study
 from .distill import find_snapshots
 from .experiment import colour_of
 from .states import read_record,state_paths,states
@@ -84,10 +84,8 @@ def step_axis(ax):
 def plot_shift(shift, titles, mode:str='standard'):
     "Cosine distance from the initial states against steps: text and speech, then each task by layer"
     g,tasks = shift[shift['mode']==mode],[t for t in titles if t in set(shift.task)]
-    n = len(tasks)+1
-    cols = min(n, 4); rows = -(-n//cols)
-    fig,axs = plt.subplots(rows, cols, figsize=(3.1*cols, 2.9*rows), sharey=True, squeeze=False, layout='constrained')
-    axs = list(axs.flat)
+    fig,axs = panels(['mean',*tasks], height=2.7, sharey=True)
+    axs = axs[0]
     for task,ls in zip(tasks, ['-','--','-.',':']*3):
         one = g[(g.task==task) & (g.state>0)]
         v = one.groupby('step')['shift'].mean()
@@ -101,9 +99,8 @@ def plot_shift(shift, titles, mode:str='standard'):
             ax.fill_between(v.min().index, v.min(), v.max(), color=c, alpha=.2, lw=0)
         ax.set_title(titles[task], fontsize=9)
         if one.state.max()<9: ax.legend(fontsize=7, frameon=False, title='layer', title_fontsize=7, ncol=2, loc='upper left')
-    for ax in axs[:n]: step_axis(ax)
-    for ax in axs[n:]: ax.remove()
-    for row in range(rows): axs[row*cols].set_ylabel('cosine distance')
+    for ax in axs: step_axis(ax)
+    for ax in axs[::4]: ax.set_ylabel('cosine distance')
     return fig
 
 # %% ../nbs/06a_trajectories.ipynb #83f2d3d2
@@ -187,11 +184,9 @@ def begin_and_end(where)->pd.DataFrame:
 def plot_progress(where, titles):
     "Along (above) and off (below) the way from source to teacher, against the share of steps; mean over seeds, and the range"
     tasks = [t for t in titles if t in set(where.task)]
-    cols = min(len(tasks), 4); bands = -(-len(tasks)//cols)
-    fig,axs = plt.subplots(2*bands, cols, figsize=(max(3*cols, 5), 4.4*bands+.4), squeeze=False, layout='constrained')
+    fig,axs = panels(tasks, 2)
     for i,task in enumerate(tasks):
-        for j,what in enumerate(('along','off')):
-            ax = axs[2*(i//cols)+j, i%cols]
+        for ax,what in zip(axs[:,i], ('along','off')):
             for mode,g in where[where.task==task].groupby('mode', sort=False):
                 v,c = g.groupby('step'),colour_of(mode)
                 x,v = v.fraction.mean(),v[what]
@@ -199,7 +194,6 @@ def plot_progress(where, titles):
                 ax.fill_between(x, v.min(), v.max(), color=c, alpha=.15, lw=0)
             if what=='along': ax.axhline(1, color='.6', lw=.8, ls=':'); ax.set_title(titles[task], fontsize=9)
             else: ax.set_xlabel('share of the steps')
-            ax.set_ylabel('' if i%cols else what); ax.grid(alpha=.3)
-    for ax in [a for band in np.split(axs, bands) for a in band.T.flat][2*len(tasks):]: ax.remove()
+            ax.set_ylabel('' if i%4 else what); ax.grid(alpha=.3)
     fig.legend(*axs[0][0].get_legend_handles_labels(), ncol=6, loc='outside lower center', frameon=False, fontsize=8)
     return fig
