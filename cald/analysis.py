@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'Sums', 'CKA', 'cka', 'whiten', 'canonical', 'svcca', 'pwcca', 'align', 'matched', 'Study', 'read_study',
-           'alignments', 'shown', 'whole', 'panels', 'columns', 'plot_maps', 'plot_stages', 'against_result',
-           'rank_correlations', 'plot_against']
+           'alignments', 'shown', 'whole', 'panels', 'columns', 'plot_maps', 'plot_stages', 'of_layers', 'layer_means',
+           'against_result', 'rank_correlations', 'plot_against']
 
 # %% ../nbs/06_analysis.ipynb #8e1b2846
 from dataclasses import dataclass
@@ -256,10 +256,20 @@ def plot_stages(stages, tasks, titles, measures=('cka','svcca','pwcca')):
     fig.legend(*axs[0][0].get_legend_handles_labels(), ncol=7, loc='outside lower center', frameon=False, fontsize=8)
     return fig
 
+# %% ../nbs/06_analysis.ipynb #6a000013
+def of_layers(stages)->pd.DataFrame:
+    "The rows of `stages` that are what a whole layer makes"
+    return stages[stages.stage.map(whole) & (stages.stage!='in')]
+
+def layer_means(stages)->pd.DataFrame:
+    "CKA, SVCCA and PWCCA with the teacher, mean over layers and seeds, of each student at its start and end"
+    t = of_layers(stages).groupby(['task','mode','when'], sort=False)[['cka','svcca','pwcca']].mean().unstack('when')
+    return t.set_axis([f'{m} at {w}' for m,w in t.columns], axis=1).reset_index()
+
 # %% ../nbs/06_analysis.ipynb #73043b0d
 def against_result(stages, studies)->pd.DataFrame:
     "For each student: mean likeness of its layers to the teacher's at the end, and its test metric"
-    g = stages[(stages.when=='end') & stages.stage.map(whole) & (stages.stage!='in')].groupby(['task','mode','seed'], sort=False)[['cka','svcca','pwcca']].mean().reset_index()
+    g = of_layers(stages[stages.when=='end']).groupby(['task','mode','seed'], sort=False)[['cka','svcca','pwcca']].mean().reset_index()
     def metric(r):
         s = next(s for s in studies if r.task in s.data)
         row = s.results[(s.results.task==r.task) & (s.results.row==r['mode']) & (s.results.seed==r.seed)].iloc[0]

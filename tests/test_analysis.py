@@ -111,7 +111,7 @@ def test_notebooks_write_figures_with_provenance(store):
     for nb in ('06_analysis','06a_trajectories'):
         pm.execute_notebook(root/'nbs'/f'{nb}.ipynb', store/f'{nb}.ipynb', progress_bar=False, kernel_name='python3', parameters=kw)
     names = ('cka','cka_stages','cka_result','fig3','fig4','fig4_progress')
-    assert {p.name for p in (store/'out').iterdir()}=={f'{n}.{e}' for n in names for e in ('csv','png','pdf','json')}|{f'{n}.{e}' for n in ('shift','fig4_ends') for e in ('csv','md','json')}
+    assert {p.name for p in (store/'out').iterdir()}=={f'{n}.{e}' for n in names for e in ('csv','png','pdf','json')}|{f'{n}.{e}' for n in ('shift','fig4_ends','cka_layers') for e in ('csv','md','json')}
     for n in names:
         prov = json.loads((store/'out'/f'{n}.json').read_text())
         assert prov['scale']==['smoke'] and prov['seeds']==[0] and prov['runs']
