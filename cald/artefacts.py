@@ -44,6 +44,8 @@ _core = 'mixers scan students convert ablation state guidance distill states exp
 _text,_speech = f'{_core} pretrained text stand_ins text_data text_tasks nlp',f'{_core} pretrained speech_tasks speech_data corpora voices commands speech'
 _lm = f'{_core} pretrained text stand_ins text_data tokens lm'
 _of_text = dict(modules=_text, packages=tuple(PACKAGES))
+_minilm = dict(source='minilm', drop=True, lr=5e-5, lr_student=3e-4,
+               modes=['standard', 'unguided', 'unguided, source', 'target', 'target, source', 'trajectory', 'waypoint', 'hybrid'])
 _of_speech = dict(modules=_speech, packages=('espeakng-loader',))
 _of_both = dict(packages=(*PACKAGES,'espeakng-loader'), after=('table1','table3'), minutes=5, gpu_hours=1)
 _both = ' '.join(dict.fromkeys(f'{_text} {_speech} analysis'.split()))
@@ -66,6 +68,10 @@ ARTEFACTS = [
              files='sst2_modes sst2_curves sst2_settings', group='more', free=('search','rates'), minutes=5),
     Artefact('imdb', 'Real reviews: IMDB', '04a_nlp', _text, dict(data_imdb='{data}/imdb', drop=True, table='imdb', tasks=['imdb']),
              files='imdb_modes imdb_curves imdb_settings', group='more', free=('search','rates'), minutes=10),
+    Artefact('sst2_minilm', 'Real sentences, real pretraining: SST-2 with MiniLM', '04a_nlp', _text, dict(_minilm, data_sst2='{data}/sst2', files='sentences', tasks=['sst2'], table='sst2_minilm', search=True, rates=[1e-4,3e-4,1e-3]),
+             files='sst2_minilm_modes sst2_minilm_curves sst2_minilm_settings sst2_minilm_search', group='more', minutes=32),
+    Artefact('imdb_minilm', 'Real reviews, real pretraining: IMDB with MiniLM', '04a_nlp', _text, dict(_minilm, data_imdb='{data}/imdb', tasks=['imdb'], table='imdb_minilm'),
+             files='imdb_minilm_modes imdb_minilm_curves imdb_minilm_settings', group='more', free=('search','rates'), minutes=31),
     Artefact('wikitext2', 'Real text: WikiText-2', '04b_lm', _lm, dict(data='{data}/wikitext2/valid.txt', steps_standard=400, table='wikitext2'),
              files='wikitext2_modes wikitext2_curves', group='more', minutes=20),
     Artefact('digits', 'Recorded digits', '05_speech', params=dict(data='{data}/fsdd', table='digits', steps=600, tasks=['asr','speaker'],
