@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ARTEFACTS', 'GROUPS', 'HOW', 'Artefact', 'select', 'nb_cells', 'defaults', 'is_test', 'cells_hash', 'module_hash',
-           'filled', 'data_hash', 'made_from', 'sources_of', 'stamp', 'other_params', 'other_code', 'other_inputs',
-           'broken', 'judge', 'status', 'estimate_minutes']
+           'filled', 'data_of', 'copy_data', 'data_hash', 'made_from', 'sources_of', 'stamp', 'other_params',
+           'other_code', 'other_inputs', 'broken', 'judge', 'status', 'estimate_minutes']
 
 # %% ../nbs/07a_artefacts.ipynb #74ed72fe
 import ast,hashlib,json,os,re
@@ -14,7 +14,7 @@ from pathlib import Path
 import pandas as pd
 from .grid import check_name,digest,hash_files
 from .runs import unplaced
-from .store import code_hash,norm_ast,out_folder,read_json,runs_folder,state_of,tree,write_json
+from .store import code_hash,norm_ast,out_folder,read_json,runs_folder,state_of,tree,write_atomic,write_json
 from .text import PACKAGES,installed
 
 # %% ../nbs/07a_artefacts.ipynb #b1403e72
@@ -26,6 +26,7 @@ class Artefact:
     notebook:str            # below nbs/
     modules:str=''          # of cald, whose code its numbers depend on
     params:dict=field(default_factory=dict) # of the notebook, where they are not its defaults; {data} is `CALD_DATA_DIR`
+    copies:dict=field(default_factory=dict) # file below {copies} -> file of the user's data, where a set of files is not laid out as it is to be used
     files:str=''            # results that come with it
     group:str='paper'       # 'paper', 'cka', 'questions', or 'more', which is made by name only
     packages:tuple=()       # whose versions decide the data
@@ -44,6 +45,7 @@ _core = 'mixers scan students convert ablation state guidance distill states exp
 _text,_speech = f'{_core} pretrained text stand_ins text_data text_tasks nlp',f'{_core} pretrained speech_tasks speech_data corpora voices commands speech'
 _lm = f'{_core} pretrained text stand_ins text_data tokens lm'
 _of_text = dict(modules=_text, packages=tuple(PACKAGES))
+_sentences = {f'sst2/{s}.tsv':f'{{data}}/sst2/sentences_{s}.tsv' for s in ('train','dev')} # as in GLUE's folder: dev is what one tests on
 _minilm = dict(source='minilm', drop=True, lr=5e-5, lr_student=3e-4,
                modes=['standard', 'unguided', 'unguided, source', 'target', 'target, source', 'trajectory', 'waypoint', 'hybrid'])
 _of_speech = dict(modules=_speech, packages=('espeakng-loader',))
@@ -64,11 +66,11 @@ ARTEFACTS = [
       for i,(n,title,m) in enumerate([('shift', 'trajectory guidance and the shift', 4), ('switch', 'where hybrid switches', 4), ('size', 'the size of the training set', 14),
                                       ('parts', 'what carries the conversion', 7), ('loss', 'the layer loss', 12)], 1)),
     Artefact('source', 'Pretrained against random weights', '05_speech', params=dict(random=True), group='more', minutes=25, **_of_speech),
-    Artefact('sst2', 'Real sentences: SST-2', '04a_nlp', _text, dict(data_sst2='{data}/sst2', files='sentences', drop=True, table='sst2', tasks=['sst2']),
+    Artefact('sst2', 'Real sentences: SST-2', '04a_nlp', _text, dict(data_sst2='{copies}/sst2', drop=True, table='sst2', tasks=['sst2']), _sentences,
              files='sst2_modes sst2_curves sst2_settings', group='more', free=('search','rates'), minutes=5),
     Artefact('imdb', 'Real reviews: IMDB', '04a_nlp', _text, dict(data_imdb='{data}/imdb', drop=True, table='imdb', tasks=['imdb']),
              files='imdb_modes imdb_curves imdb_settings', group='more', free=('search','rates'), minutes=10),
-    Artefact('sst2_minilm', 'Real sentences, real pretraining: SST-2 with MiniLM', '04a_nlp', _text, dict(_minilm, data_sst2='{data}/sst2', files='sentences', tasks=['sst2'], table='sst2_minilm', search=True, rates=[1e-4,3e-4,1e-3]),
+    Artefact('sst2_minilm', 'Real sentences, real pretraining: SST-2 with MiniLM', '04a_nlp', _text, dict(_minilm, data_sst2='{copies}/sst2', tasks=['sst2'], table='sst2_minilm', search=True, rates=[1e-4,3e-4,1e-3]), _sentences,
              files='sst2_minilm_modes sst2_minilm_curves sst2_minilm_settings sst2_minilm_search', group='more', minutes=32),
     Artefact('imdb_minilm', 'Real reviews, real pretraining: IMDB with MiniLM', '04a_nlp', _text, dict(_minilm, data_imdb='{data}/imdb', tasks=['imdb'], table='imdb_minilm'),
              files='imdb_minilm_modes imdb_minilm_curves imdb_minilm_settings', group='more', free=('search','rates'), minutes=31),
@@ -128,12 +130,21 @@ def module_hash(name:str):
     return code_hash(f, state_of(f)) if f.exists() else None
 
 def filled(params:dict)->dict:
-    "`params` with the folder of the user's data in the place of {data}"
-    return {k: v.format(data=os.environ.get('CALD_DATA_DIR') or '{data}') if isinstance(v, str) else v for k,v in params.items()}
+    "`params` with the folder of the user's data in the place of {data}, and that of copies in the place of {copies}"
+    places = dict(data=os.environ.get('CALD_DATA_DIR') or '{data}', copies=(runs_folder()/'copies').as_posix())
+    return {k: v.format(**places) if isinstance(v, str) else v for k,v in params.items()}
+
+def data_of(a)->list:
+    "The paths of the user's data that artefact `a` is made from"
+    return [Path(v) for k,v in filled({**{k:v for k,v in a.params.items() if k.startswith('data') and '{copies}' not in v}, **a.copies}).items()]
+
+def copy_data(a):
+    "Make the copies that artefact `a` reads"
+    for name,f in filled(a.copies).items(): write_atomic(runs_folder()/'copies'/name, Path(f).read_bytes())
 
 def data_hash(a)->str:
-    "A hash of the files that parameters of artefact `a` name; None where there are none, or they are not here"
-    paths = [Path(v) for k,v in filled(a.params).items() if k.startswith('data')]
+    "A hash of the user's data that artefact `a` is made from; None where there are none, or they are not here"
+    paths = data_of(a)
     return hash_files(*paths) if paths and all(p.exists() for p in paths) else None
 
 def made_from(a, sources=())->dict:

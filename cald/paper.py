@@ -12,7 +12,7 @@ import argparse,json,os,re,signal,subprocess,sys,time
 from pathlib import Path
 import pandas as pd
 from filelock import FileLock,Timeout
-from .artefacts import ARTEFACTS,defaults,estimate_minutes,filled,judge,select,stamp,status
+from .artefacts import ARTEFACTS,copy_data,data_of,defaults,estimate_minutes,filled,judge,select,stamp,status
 from .grid import SCALES,check_name
 from .report import against_paper,compute,write_cards
 from .runs import compare_with_committed,default_workers
@@ -26,8 +26,8 @@ def reproduce_folder(scale:str='demo', publish:bool=False)->Path:
 def lacks(a)->str:
     "Why artefact `a` cannot be made here, or ''"
     if not a.path.exists(): return f'not available: this checkout has no nbs/{a.notebook}.ipynb'
-    data = [v for k,v in filled(a.params).items() if k.startswith('data') and not Path(v).exists()]
-    return f"its data, {', '.join(Path(d).name for d in data)}, are not here: set CALD_DATA_DIR to the folder that has them" if data else ''
+    data = [p.name for p in data_of(a) if not p.exists()]
+    return f"its data, {', '.join(data)}, are not here: set CALD_DATA_DIR to the folder that has them" if data else ''
 
 def plan(names, scale='demo', seeds=1, folder=None, retrain=False, artefacts=None)->pd.DataFrame: # artefact, do, why
     "For each artefact that `names` stand for whether it is to be made"
@@ -113,6 +113,7 @@ def run_job(job, scale, seeds:list, folder, retrain=False, force=False)->int:
     "Run the notebook of artefacts `job`, and stamp what it wrote; RuntimeError with the end of its log if it fails"
     a,at = job[0],runs_folder()/'notebooks'
     at.mkdir(parents=True, exist_ok=True)
+    copy_data(a)
     log,progress,known = at/f'{a.name}.log',runs_folder()/'progress.log',defaults(a.path)
     params = {k:v for k,v in dict(filled(a.params), scale=scale, seeds=seeds, out=str(folder), retrain=retrain, force=force).items() if k in known}
     seen,before = progress.stat().st_size if progress.exists() else 0,{b.name:written(b, folder) for b in ARTEFACTS+job}
