@@ -2,7 +2,8 @@
 import json, os, re, shutil, signal, subprocess, sys, time
 from pathlib import Path
 import psutil, pytest
-from cald.artefacts import ARTEFACTS, defaults, judge, module_hash, stamp, status
+from cald.artefacts import ARTEFACTS, defaults, filled, judge, module_hash, stamp, status
+from cald.runs import unplaced
 from cald.store import read_json, write_json
 
 root = Path(__file__).parents[1]
@@ -27,7 +28,7 @@ def pretend_fresh(a, folder):
     folder.mkdir(exist_ok=True)
     for r in a.results:
         (folder/f'{r}.csv').write_text('mode,mean\nstandard,1\n')
-        write_json(folder/f'{r}.json', dict(scale=['demo'], seeds=[0,1,2], cells={f'{a.name} wav2vec2-demo softmax standard':[0,1,2]}, parameters={**defaults(a.path), **a.params, 'scale':'demo'},
+        write_json(folder/f'{r}.json', dict(scale=['demo'], seeds=[0,1,2], cells={f'{a.name} wav2vec2-demo softmax standard':[0,1,2]}, parameters=unplaced({**defaults(a.path), **filled(a.params), 'scale':'demo'}),
             code=[{f'cald.{m}':module_hash(m) for m in a.modules.split()}], commit='0'*40, dirty=False, seconds=1., runs=[], csv_sha256=hashlib.sha256((folder/f'{r}.csv').read_bytes()).hexdigest()))
     stamp(a, folder)
 
