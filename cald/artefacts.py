@@ -74,8 +74,8 @@ ARTEFACTS = [
              files='sst2_minilm_modes sst2_minilm_curves sst2_minilm_settings sst2_minilm_search', group='more', minutes=32),
     Artefact('imdb_minilm', 'Real reviews, real pretraining: IMDB with MiniLM', '04a_nlp', _text, dict(_minilm, data_imdb='{data}/imdb', tasks=['imdb'], table='imdb_minilm'),
              files='imdb_minilm_modes imdb_minilm_curves imdb_minilm_settings', group='more', free=('search','rates'), minutes=31),
-    Artefact('wikitext2', 'Real text: WikiText-2', '04b_lm', _lm, dict(data='{data}/wikitext2/valid.txt', steps_standard=400, table='wikitext2'),
-             files='wikitext2_modes wikitext2_curves', group='more', minutes=20),
+    Artefact('wikitext2', 'Real text: WikiText-2', '04b_lm', _lm, dict(data='{copies}/wikitext2', steps_standard=400, table='wikitext2'),
+             {'wikitext2/train.txt':'{data}/wikitext2/test.txt', 'wikitext2/test.txt':'{data}/wikitext2/valid.txt'}, files='wikitext2_modes wikitext2_curves', group='more', minutes=20),
     Artefact('digits', 'Recorded digits', '05_speech', params=dict(data='{data}/fsdd', table='digits', steps=600, tasks=['asr','speaker'],
              modes=['standard','unguided','target','hybrid']), files='digits_modes digits_curves', group='more', minutes=15, **_of_speech)]
 
