@@ -45,6 +45,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'cald.artefacts.Artefact.results': ('artefacts.html#artefact.results', 'cald/artefacts.py'),
                                 'cald.artefacts.broken': ('artefacts.html#broken', 'cald/artefacts.py'),
                                 'cald.artefacts.cells_hash': ('artefacts.html#cells_hash', 'cald/artefacts.py'),
+                                'cald.artefacts.copies_folder': ('artefacts.html#copies_folder', 'cald/artefacts.py'),
                                 'cald.artefacts.copy_data': ('artefacts.html#copy_data', 'cald/artefacts.py'),
                                 'cald.artefacts.data_hash': ('artefacts.html#data_hash', 'cald/artefacts.py'),
                                 'cald.artefacts.data_of': ('artefacts.html#data_of', 'cald/artefacts.py'),
