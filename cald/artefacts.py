@@ -47,7 +47,7 @@ _text,_speech = f'{_core} pretrained text stand_ins text_data text_tasks nlp',f'
 _lm = f'{_core} pretrained text stand_ins text_data tokens lm'
 _of_text = dict(modules=_text, packages=tuple(PACKAGES))
 _sentences = {f'sst2/{s}.tsv':f'{{data}}/sst2/sentences_{s}.tsv' for s in ('train','dev')} # as in GLUE's folder: dev is what one tests on
-_minilm = dict(source='minilm', drop=True, lr=5e-5, lr_student=3e-4,
+_minilm = dict(source='minilm', drop=True, lr=5e-5, lr_student=1e-3,
                modes=['standard', 'unguided', 'unguided, source', 'target', 'target, source', 'trajectory', 'waypoint', 'hybrid'])
 _of_speech = dict(modules=_speech, packages=('espeakng-loader',))
 _of_both = dict(packages=(*PACKAGES,'espeakng-loader'), after=('table1','table3'), minutes=5, gpu_hours=1)
@@ -69,11 +69,11 @@ ARTEFACTS = [
     Artefact('source', 'Pretrained against random weights', '05_speech', params=dict(random=True), group='more', minutes=25, **_of_speech),
     Artefact('sst2', 'Real sentences: SST-2', '04a_nlp', _text, dict(data_sst2='{copies}/sst2', drop=True, table='sst2', tasks=['sst2']), _sentences,
              files='sst2_modes sst2_curves sst2_settings', group='more', free=('search','rates'), minutes=5),
-    Artefact('imdb', 'Real reviews: IMDB', '04a_nlp', _text, dict(data_imdb='{data}/imdb', drop=True, table='imdb', tasks=['imdb']),
-             files='imdb_modes imdb_curves imdb_settings', group='more', free=('search','rates'), minutes=10),
-    Artefact('sst2_minilm', 'Real sentences, real pretraining: SST-2 with MiniLM', '04a_nlp', _text, dict(_minilm, data_sst2='{copies}/sst2', tasks=['sst2'], table='sst2_minilm', search=True, rates=[1e-4,3e-4,1e-3]), _sentences,
-             files='sst2_minilm_modes sst2_minilm_curves sst2_minilm_settings sst2_minilm_search', group='more', minutes=32),
-    Artefact('imdb_minilm', 'Real reviews, real pretraining: IMDB with MiniLM', '04a_nlp', _text, dict(_minilm, data_imdb='{data}/imdb', tasks=['imdb'], table='imdb_minilm'),
+    Artefact('imdb', 'Real reviews: IMDB', '04a_nlp', _text, dict(data_imdb='{data}/imdb', drop=True, table='imdb', tasks=['imdb'], steps=500),
+             files='imdb_modes imdb_curves imdb_settings', group='more', free=('search','rates'), minutes=20),
+    Artefact('sst2_minilm', 'Real sentences, real pretraining: SST-2 with MiniLM', '04a_nlp', _text, dict(_minilm, data_sst2='{copies}/sst2', tasks=['sst2'], table='sst2_minilm', steps=400), _sentences,
+             files='sst2_minilm_modes sst2_minilm_curves sst2_minilm_settings', group='more', free=('search','rates'), minutes=25),
+    Artefact('imdb_minilm', 'Real reviews, real pretraining: IMDB with MiniLM', '04a_nlp', _text, dict(_minilm, data_imdb='{data}/imdb', tasks=['imdb'], table='imdb_minilm', steps=300, length=128),
              files='imdb_minilm_modes imdb_minilm_curves imdb_minilm_settings', group='more', free=('search','rates'), minutes=31),
     Artefact('wikitext2', 'Real text: WikiText-2', '04b_lm', _lm, dict(data='{copies}/wikitext2', steps_standard=400, table='wikitext2'),
              {'wikitext2/train.txt':'{data}/wikitext2/test.txt', 'wikitext2/test.txt':'{data}/wikitext2/valid.txt'}, files='wikitext2_modes wikitext2_curves', group='more', minutes=20),
