@@ -73,10 +73,11 @@ ARTEFACTS = [
              files='imdb_modes imdb_curves imdb_settings', group='more', free=('search','rates'), minutes=20),
     Artefact('sst2_minilm', 'Real sentences, real pretraining: SST-2 with MiniLM', '04a_nlp', _text, dict(_minilm, data_sst2='{copies}/sst2', tasks=['sst2'], table='sst2_minilm', steps=400), _sentences,
              files='sst2_minilm_modes sst2_minilm_curves sst2_minilm_settings', group='more', free=('search','rates'), minutes=25),
-    Artefact('imdb_minilm', 'Real reviews, real pretraining: IMDB with MiniLM', '04a_nlp', _text, dict(_minilm, data_imdb='{data}/imdb', tasks=['imdb'], table='imdb_minilm', steps=200, length=128),
-             files='imdb_minilm_modes imdb_minilm_curves imdb_minilm_settings', group='more', free=('search','rates'), minutes=31),
+    Artefact('imdb_minilm', 'Real reviews, real pretraining: IMDB with MiniLM', '04a_nlp', _text, dict(_minilm, data_imdb='{data}/imdb', tasks=['imdb'], table='imdb_minilm', steps=600, length=128),
+             files='imdb_minilm_modes imdb_minilm_curves imdb_minilm_settings', group='more', free=('search','rates'), minutes=45),
     Artefact('wikitext2', 'Real text: WikiText-2', '04b_lm', _lm, dict(data='{copies}/wikitext2', steps_standard=400, table='wikitext2'),
              {'wikitext2/train.txt':'{data}/wikitext2/test.txt', 'wikitext2/test.txt':'{data}/wikitext2/valid.txt'}, files='wikitext2_modes wikitext2_curves', group='more', minutes=20),
+    Artefact('efficiency', 'Efficiency on long sequences', '07_efficiency', 'mixers scan students convert pretrained efficiency', files='efficiency_lengths efficiency_decoding', group='more', minutes=10, gpu_hours=.2),
     Artefact('digits', 'Recorded digits', '05_speech', params=dict(data='{data}/fsdd', table='digits', steps=600, tasks=['asr','speaker'],
              modes=['standard','unguided','target','hybrid']), files='digits_modes digits_curves', group='more', minutes=15, **_of_speech)]
 
