@@ -175,7 +175,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'cald.efficiency.measure': ('efficiency.html#measure', 'cald/efficiency.py'),
                                  'cald.efficiency.measure_cell': ('efficiency.html#measure_cell', 'cald/efficiency.py'),
                                  'cald.efficiency.measured_apart': ('efficiency.html#measured_apart', 'cald/efficiency.py'),
-                                 'cald.efficiency.of_seeds': ('efficiency.html#of_seeds', 'cald/efficiency.py'),
                                  'cald.efficiency.plot_decoding': ('efficiency.html#plot_decoding', 'cald/efficiency.py'),
                                  'cald.efficiency.plot_lengths': ('efficiency.html#plot_lengths', 'cald/efficiency.py'),
                                  'cald.efficiency.points_of': ('efficiency.html#points_of', 'cald/efficiency.py'),

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PAIRS', 'RATE', 'Pair', 'inputs', 'timed', 'forward', 'training', 'decoding', 'cache_mb', 'filled', 'measure',
-           'measured_apart', 'cells', 'measure_cell', 'points_of', 'of_seeds', 'lines', 'log_axes', 'plot_lengths',
-           'plot_decoding', 'growth', 'comparison']
+           'measured_apart', 'cells', 'measure_cell', 'points_of', 'lines', 'log_axes', 'plot_lengths', 'plot_decoding',
+           'growth', 'comparison']
 
 # %% ../nbs/07_efficiency.ipynb #7e000003
 import json,subprocess,sys,time
@@ -113,7 +113,7 @@ def filled(model, batch:int, length:int, piece:int=1024):
 def measure(family:str, mixer:str, mode:str, scale:str, threads:int,
             lengths:list,  # positions, rising
             tokens:int,    # positions of a training batch, whatever their length
-            repeats:int, limit:float, bf16:bool)->list: # of dict(length, batch, ms, repeats, memory_mb, cache_mb)
+            repeats:int, limit:float, bf16:bool)->list: # of dict(length, batch, ms, repeats, and cache_mb in decoding or else memory_mb)
     "Time and memory of the calls of `mode`"
     torch.set_num_threads(threads)
     pair,step,out = PAIRS[check_name(family, PAIRS, 'family')],dict(forward=forward, training=training, decoding=decoding)[mode],[]
@@ -126,7 +126,7 @@ def measure(family:str, mixer:str, mode:str, scale:str, threads:int,
             cache = filled(model, batch, n) if mode=='decoding' else None
             x = inputs(model.config, batch, 1 if mode=='decoding' else n).to(device)
             took = timed(lambda: step(model, x, cache=cache), repeats, limit)
-            memory = dict(memory_mb=None if own is None else peak_memory_mb()-own, cache_mb=cache_mb(cache) if cache else None)
+            memory = dict(cache_mb=cache_mb(cache)) if mode=='decoding' else dict(memory_mb=None if own is None else peak_memory_mb()-own)
             out.append(dict(length=n, batch=batch, ms=1e3*median(took), repeats=len(took), **memory))
     return out
 
@@ -155,29 +155,27 @@ def measure_cell(c, run)->dict:
     how = measured_apart if s.pop('apart') else measure
     rows = how(family=c.source, mixer=c.mixer, mode=c.mode, scale=c.scale, threads=torch.get_num_threads(), **s)
     for r in rows: run.log(**r)
-    return {k: rows[-1][k] for k in ('length','ms','memory_mb')}
+    return {k: rows[-1][k] for k in ('length','ms','memory_mb','cache_mb') if k in rows[-1]}
 
 def points_of(results, store)->pd.DataFrame: # pair, mixer, mode, seed, length, batch, ms, us, memory_mb, cache_mb
     "All that was measured; `us` is microseconds for each position, or for each new token"
     found = [store.behind(r['record']).metrics().assign(family=r['source'], mixer=r['mixer'], mode=r['mode'], seed=r['seed']) for _,r in results.iterrows()]
     df = pd.concat(found, ignore_index=True)
     read = (df.batch*df.length).where(df['mode']!='decoding', df.batch)
-    return df.assign(us=1e3*df.ms/read)[['family','mixer','mode','seed','length','batch','ms','us','memory_mb','cache_mb']]
+    return df.assign(us=1e3*df.ms/read).reindex(columns=['family','mixer','mode','seed','length','batch','ms','us','memory_mb','cache_mb'])
 
 # %% ../nbs/07_efficiency.ipynb #7e000019
-def of_seeds(points, value)->pd.DataFrame: # family, mode, mixer, length, mean, low, high
-    "Mean and 95 % interval of column `value` over the seeds"
-    return summarise(points[points[value].notna()], ['family','mode','mixer'], 'length', value)
-
 def lines(ax, points, value, mode, ls='-'):
-    "`value` against length, a line for the transformer and one for its conversion"
-    for (f,m),g in of_seeds(points[points['mode']==mode], value).groupby(['family','mixer'], sort=False):
-        c = COLOURS['standard' if m=='softmax' else 'target']
-        g = g[g['mean']>0]
+    "Mean and 95 % interval over the seeds of `value` against length, a line for the transformer and one for its conversion"
+    own = points[(points['mode']==mode) & (points[value].astype(float)>0)]
+    for m,g in own.groupby('mixer', sort=False):
+        c,g = COLOURS['standard' if m=='softmax' else 'target'],summarise(g, ['mixer'], 'length', value)
         ax.plot(g.length, g['mean'], color=c, ls=ls, marker='o', ms=3, lw=1.4, label=f'{"attention" if m=="softmax" else "converted"}, {mode}')
         ax.fill_between(g.length, g.low.clip(lower=g['mean']/10), g.high, color=c, alpha=.15, lw=0)
 
 def log_axes(ax, lengths):
+    "Both axes logarithmic; empty ones where nothing was measured"
+    if not ax.lines: return ax.set(xticks=[], yticks=[])
     ax.set_xscale('log', base=2); ax.set_yscale('log')
     ax.set_xticks(lengths, [f'{n:,}' for n in lengths], rotation=45, fontsize=8)
     ax.yaxis.set_major_locator(LogLocator(subs=(1,2,5)))
@@ -220,11 +218,12 @@ def comparison(points)->pd.DataFrame: # family, mode, seed, metric, value
     "What the conversion gains, by round"
     rows = []
     for (f,mode,seed),g in points.groupby(['family','mode','seed'], sort=False):
+        room = 'cache_mb' if mode=='decoding' else 'memory_mb'
         if mode!='decoding': g = g.assign(ms=g.us*g.length/1e3) # of one sequence
-        a,b = (g[g.mixer==m].sort_values('length').set_index('length') for m in ('softmax',PAIRS[f].mixer))
-        room,won,n = 'cache_mb' if mode=='decoding' else 'memory_mb',(b.ms<a.ms)[::-1].cummin()[::-1],a.index[-1]
-        values = {'length':n, 'attention ms':a.ms[n], 'converted ms':b.ms[n], 'times faster':a.ms[n]/b.ms[n], 'times less memory':a[room][n]/b[room][n] if a[room][n] and b[room][n] else np.nan,
-                  'attention grows':growth(a.ms), 'converted grows':growth(b.ms), 'faster from':won.index[won].min() if won.any() else np.nan}
+        a,b = (g[g.mixer==m].set_index('length').sort_index()[['ms',room]].astype(float).replace(0, np.nan) for m in ('softmax',PAIRS[f].mixer))
+        n,gain,ahead = a.index[-1],(a/b).iloc[-1],(b.ms<a.ms)[::-1].cummin()[::-1]
+        values = {'length':n, 'attention ms':a.ms[n], 'converted ms':b.ms[n], 'times faster':gain.ms, 'times less memory':gain[room],
+                  'attention grows':growth(a.ms), 'converted grows':growth(b.ms), 'faster from':min(ahead.index[ahead], default=np.nan)}
         if f=='wav2vec2' and mode=='forward': values |= {f'{k}, times real time': n/RATE/(t.ms[n]/1e3) for k,t in (('attention',a),('converted',b))}
         rows += [dict(family=f, mode=mode, seed=seed, metric=k, value=float(v)) for k,v in values.items()]
     return pd.DataFrame(rows)
