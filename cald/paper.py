@@ -142,7 +142,8 @@ def reproduce(names=('all',), scale='demo', seeds=3, publish=False, retrain=Fals
     if more: raise ValueError(f"{folder.name} has {', '.join(more)} of more seeds than {seeds}: --force replaces them, without --publish they stay as they are")
     print(f'Scale {scale}, {seeds} seed{"s" if seeds>1 else ""}, results in {shown(folder)}')
     work = tell_plan(todo, scale, seeds, workers or default_workers(), price)
-    if dry or not work: return print('Nothing to do.' if not work else 'Nothing was run.') or folder
+    kept = [a.name for a in todo.artefact[todo.why.str.startswith('kept')]]
+    if dry or not work: return print('Nothing was run.' if work else f"Nothing was run: --retrain makes {', '.join(kept)} again." if kept else 'Nothing to do.') or folder
     runs_folder().mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(runs_folder()/'reproduce.lock', timeout=0):

@@ -12,6 +12,8 @@ from cald.text_data import HUB, TextError, read_text_task
 from cald.tokens import Tokens, pack, read_lm, write_tokens
 from common import data_folder
 
+pytestmark = pytest.mark.xdist_group('text') # one process builds the corpus
+
 TREE = Path(__file__).parent.parent
 ENV = {**os.environ, 'PYTHONPATH': os.pathsep.join([str(TREE), os.environ.get('PYTHONPATH', '')])}
 
