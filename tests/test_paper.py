@@ -50,20 +50,22 @@ def test_other_code_makes_exactly_the_tables_stale_that_depend_on_it(fresh):
         f,was = fresh/'cald'/f'{module}.py',(fresh/'cald'/f'{module}.py').read_text()
         change(f)
         assert stale(fresh/'fresh')=={a.name for a in here if module in a.modules.split()}, module
-        f.write_text(was); change(f, '\n# a comment\n')
-        assert not stale(fresh/'fresh'), module
         f.write_text(was)
+    for f in (fresh/'cald').glob('*.py'): change(f, '\n# a comment\n')
+    assert not stale(fresh/'fresh')
     assert 'text_data' not in next(a for a in here if a.name=='table3').modules.split()
 
 def test_other_cells_make_the_tables_of_that_notebook_stale(fresh):
+    def add(f, **cell):
+        nb = json.loads(f.read_text())
+        nb['cells'].append(dict(id='new', metadata={}, **cell)); f.write_text(json.dumps(nb))
     for f in sorted((fresh/'nbs').glob('*.ipynb')):
-        was,nb = f.read_text(),json.loads(f.read_text())
-        nb['cells'].append(dict(cell_type='code', id='new', metadata={}, outputs=[], execution_count=None, source=['digits = 3']))
-        f.write_text(json.dumps(nb))
+        was = f.read_text()
+        add(f, cell_type='code', outputs=[], execution_count=None, source=['digits = 3'])
         assert stale(fresh/'fresh')=={a.name for a in here if a.notebook==f.stem}, f.name
-        nb['cells'][-1] = dict(cell_type='markdown', id='new', metadata={}, source=['More words.']); f.write_text(json.dumps(nb))
-        assert not stale(fresh/'fresh'), f.name
         f.write_text(was)
+    for f in (fresh/'nbs').glob('*.ipynb'): add(f, cell_type='markdown', source=['More words.'])
+    assert not stale(fresh/'fresh')
 
 def test_an_edited_csv_another_source_and_a_lost_file_are_seen(fresh):
     a = next(a for a in here if a.name=='table3')
