@@ -64,8 +64,8 @@ ARTEFACTS = [
     Artefact('fig4', 'Figure 4: trajectories of the hidden states', '06a_trajectories', f'{_both} trajectories', files='fig4_progress fig4_ends', **_of_both),
     Artefact('cka', 'CKA maps of teacher and students', '06_analysis', _both, files='cka_stages cka_layers cka_result', group='cka', **_of_both),
     *(Artefact(f'q{i}_{n}', f'Question {i}: {title}', '06c_questions', f'{_both} trajectories questions', dict(questions=[i]), group='questions', free=('questions',), **{**_of_both, 'minutes':m})
-      for i,(n,title,m) in enumerate([('shift', 'trajectory guidance and the shift', 4), ('switch', 'where hybrid switches', 4), ('size', 'the size of the training set', 14),
-                                      ('parts', 'what carries the conversion', 7), ('loss', 'the layer loss', 12)], 1)),
+      for i,(n,title,m) in enumerate([('shift', 'trajectory guidance and the shift', 4), ('switch', 'where hybrid switches', 4), ('size', 'the size of the training set', 9),
+                                      ('parts', 'what carries the conversion', 7), ('loss', 'the layer loss', 7)], 1)),
     Artefact('source', 'Pretrained against random weights', '05_speech', params=dict(random=True), group='more', minutes=25, **_of_speech),
     Artefact('sst2', 'Real sentences: SST-2', '04a_nlp', _text, dict(data_sst2='{copies}/sst2', drop=True, table='sst2', tasks=['sst2']), _sentences,
              files='sst2_modes sst2_curves sst2_settings', group='more', free=('search','rates'), minutes=5),
