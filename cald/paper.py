@@ -30,22 +30,22 @@ def lacks(a)->str:
     return f"its data, {', '.join(data)}, are not here: set CALD_DATA_DIR to the folder that has them" if data else ''
 
 def plan(names, scale='demo', seeds=1, folder=None, retrain=False, artefacts=None)->pd.DataFrame: # artefact, do, why
-    "For each artefact that `names` stand for whether it is to be made"
+    "For each artefact that `names` stand for whether to `make` it, it is `done`, is to `keep` though stale, or `lacks` something"
     def one(a):
         s = judge(a, folder)
         fits = s['state'] in ('fresh','stale') and (not s['scale'] or s['scale']==scale and s['seeds']>=(1 if scale=='smoke' else seeds)) # a drawing has no scale
         no = lacks(a)
-        if no: return dict(artefact=a, do=False, why=no)
-        if fits and s['state']=='fresh' and 'made_from' in read_json(folder/f'{a.name}.json'): return dict(artefact=a, do=False, why='fresh')
-        if fits and s['retrain'] and not retrain: return dict(artefact=a, do=False, why=f"kept, though stale: {s['why']}; --retrain makes it again")
-        return dict(artefact=a, do=True, why=s['why'] or ('to be checked' if fits else 'other scale or fewer seeds' if s['scale'] else 'missing'))
+        if no: return dict(artefact=a, do='lacks', why=no)
+        if fits and s['state']=='fresh' and 'made_from' in read_json(folder/f'{a.name}.json'): return dict(artefact=a, do='done', why='fresh')
+        if fits and s['retrain'] and not retrain: return dict(artefact=a, do='keep', why=f"kept, though stale: {s['why']}; --retrain makes it again")
+        return dict(artefact=a, do='make', why=s['why'] or ('to be checked' if fits else 'other scale or fewer seeds' if s['scale'] else 'missing'))
     return pd.DataFrame([one(a) for a in select(names, artefacts)])
 
 # %% ../nbs/08_paper.ipynb #201d3af2
 def jobs(todo:pd.DataFrame)->list: # of lists of artefacts
     "Artefacts that are to be made, together where notebook and parameters are the same"
     out = {}
-    for a in todo.artefact[todo.do]: out.setdefault((a.notebook, json.dumps(a.params, sort_keys=True)), []).append(a)
+    for a in todo.artefact[todo.do=='make']: out.setdefault((a.notebook, json.dumps(a.params, sort_keys=True)), []).append(a)
     return list(out.values())
 
 def minutes(job, scale, seeds, workers)->float:
@@ -61,7 +61,7 @@ def say_time(m)->str: return 'time unknown' if m is None else f'{m/60:.1f} hours
 # %% ../nbs/08_paper.ipynb #7dda1993
 def tell_plan(todo, scale, seeds, workers, price=None)->list:
     "Print what will be made, what not and why, how long it takes and what it costs; the jobs"
-    for r in todo[~todo.do].itertuples(): print(f'  {r.artefact.name:8} {r.why}')
+    for r in todo[todo.do!='make'].itertuples(): print(f'  {r.artefact.name:8} {r.why}')
     work = jobs(todo)
     known = [minutes(j, scale, seeds, workers) for j in work]
     why = dict(zip([a.name for a in todo.artefact], todo.why))
@@ -136,13 +136,13 @@ def reproduce(names=('all',), scale='demo', seeds=3, publish=False, retrain=Fals
     "Make what is missing of the tables and figures that `names` stand for, and return their folder; RuntimeError if a notebook fails"
     folder = reproduce_folder(check_name(scale, SCALES, 'scale'), publish)
     todo = plan(names, scale, seeds, folder, retrain, artefacts)
-    named = todo[todo.artefact.map(lambda a: a.name in names) & ~todo.do & todo.why.str.contains('not available|not here')]
+    named = todo[todo.artefact.map(lambda a: a.name in names) & (todo.do=='lacks')]
     if len(named): raise ValueError('; '.join(f'{r.artefact.name}: {r.why}' for r in named.itertuples()))
-    more = [a.name for a in todo.artefact[todo.do] if (s := judge(a, folder)['seeds']) and s>seeds and not force and scale!='smoke']
+    more = [a.name for a in todo.artefact[todo.do=='make'] if (s := judge(a, folder)['seeds']) and s>seeds and not force and scale!='smoke']
     if more: raise ValueError(f"{folder.name} has {', '.join(more)} of more seeds than {seeds}: --force replaces them, without --publish they stay as they are")
     print(f'Scale {scale}, {seeds} seed{"s" if seeds>1 else ""}, results in {shown(folder)}')
     work = tell_plan(todo, scale, seeds, workers or default_workers(), price)
-    kept = [a.name for a in todo.artefact[todo.why.str.startswith('kept')]]
+    kept = [a.name for a in todo.artefact[todo.do=='keep']]
     if dry or not work: return print('Nothing was run.' if work else f"Nothing was run: --retrain makes {', '.join(kept)} again." if kept else 'Nothing to do.') or folder
     runs_folder().mkdir(parents=True, exist_ok=True)
     try:
