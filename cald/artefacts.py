@@ -118,12 +118,16 @@ def is_test(node)->bool:
     call = node.value.func if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call) else None
     return isinstance(node, ast.Assert) or (isinstance(call, ast.Name) and call.id.startswith('test_'))
 
-def cells_hash(path)->str:
-    "A hash of the code of notebook `path` that is neither exported, nor its parameters, nor a test"
+@lru_cache(maxsize=None)
+def _cells_hash(path, state): # as `code_hash`: once for each state of the file
     def one(s):
         try: return norm_ast([n for n in ast.parse(s).body if not is_test(n)])
         except SyntaxError: return s
     return digest([repr(one(s)) for t,tags,s in nb_cells(path) if t=='code' and 'parameters' not in tags and not re.match(r'#\|\s*(export|default_exp)', s)])
+
+def cells_hash(path)->str:
+    "A hash of the code of notebook `path` that is neither exported, nor its parameters, nor a test"
+    return _cells_hash(path, state_of(path))
 
 # %% ../nbs/07a_artefacts.ipynb #59138808
 def module_hash(name:str):
@@ -154,11 +158,14 @@ def data_hash(a)->str:
 
 _version = lru_cache(maxsize=None)(installed) # every artefact asks for the same ones, and each answer is a file that is parsed
 
+@lru_cache(maxsize=None)
+def _weights_hash(path, state): return hash_files(path)
+
 def made_from(a, sources=())->dict:
     "What artefact `a` would be made from now; `sources` are names of checkpoints"
     ship = {s: tree()/'cald'/'checkpoints'/s/'model.safetensors' for s in sources}
     return dict(notebook=a.notebook, cells=cells_hash(a.path), modules={m:module_hash(m) for m in a.modules.split()}, packages={p:_version(p) for p in a.packages},
-                sources={s:hash_files(f) for s,f in ship.items() if f.exists()}, data=data_hash(a))
+                sources={s:_weights_hash(f, state_of(f)) for s,f in ship.items() if f.exists()}, data=data_hash(a))
 
 # %% ../nbs/07a_artefacts.ipynb #330c95ea
 def sources_of(prov:dict)->list: return sorted({c.split()[1] for c in prov['cells']})
