@@ -6,6 +6,7 @@ import numpy as np, pandas as pd, pytest
 from packaging.requirements import Requirement
 
 import cald.text as text, cald.text_data as text_data
+from cald.runs import cache_folder
 from cald.stand_ins import SIZES, STAND_INS, read_stand_in, stand_in
 from cald.text import CORPUS, PACKAGES, SMALL, differing, documents, read_docs
 from cald.text_data import HUB, TextError, read_text_task
@@ -23,11 +24,11 @@ def sizes(df): return df.split.value_counts().to_dict()
 def cache(tmp_path_factory): return tmp_path_factory.mktemp('text')
 
 @pytest.fixture(scope='session')
-def docs(cache):
-    "The whole corpus, built anew: half a minute"
+def docs():
+    "The whole corpus, which takes half a minute if no notebook has built it yet"
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        return read_docs(cache)
+        return read_docs(cache_folder())
 
 # ---- the corpus
 
@@ -35,10 +36,10 @@ def test_the_corpus_of_the_pinned_versions_has_the_hash_in_the_code(docs):
     if differing(): pytest.skip(f'other versions: {", ".join(differing())}')
     assert docs.attrs['hash']==CORPUS, 'raise BUILD and set CORPUS when the corpus is meant to change'
 
-def test_other_versions_give_one_warning_that_names_them(docs, cache, monkeypatch):
+def test_other_versions_give_one_warning_that_names_them(docs, monkeypatch):
     monkeypatch.setattr(text, 'CORPUS', '0'*64)
     monkeypatch.setitem(PACKAGES, 'scipy', '0.1')
-    with pytest.warns(UserWarning, match=r'What differs: .*scipy [\d.]+ \(pinned: 0.1\)') as said: read_docs(cache)
+    with pytest.warns(UserWarning, match=r'What differs: .*scipy [\d.]+ \(pinned: 0.1\)') as said: read_docs(cache_folder())
     assert len(said)==1
 
 def test_packages_are_pinned_and_in_every_installation():
