@@ -95,7 +95,7 @@ def train_missing(cells, fn, store,
             continue
         try:
             if agree(need(r)):
-                if main: begin(r, store, bar, [runs[i] for i in todo], old(r), workers)
+                if main: begin(r, store, bar, [runs[i] for i in todo if need(runs[i])], old(r), workers) # others may have done some
                 result = fn(r.cell, r)
                 if result is not None: r.finish(result)
                 if not agree(r.done): raise RuntimeError(f'{r.cell} has no result: `fn` must return one or call run.finish')

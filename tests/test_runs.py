@@ -153,6 +153,16 @@ def test_a_helper_that_fails_leaves_the_work_to_others(tmp_path):
     assert all(p.returncode for p in procs) and torch.get_num_threads()==threads
     assert 'no_such_module' in (tmp_path/'helper-2.log').read_text()
 
+def test_what_another_process_has_done_meanwhile_is_not_counted_as_left(tmp_path):
+    cells = grid(task='counted', source='s', mixer='none', mode='m', seed=range(4))
+    mine,theirs = Store(tmp_path),Store(tmp_path).run(cells[1], 'h')
+    def fit(c, run):
+        if c.seed==2: theirs.start(); theirs.finish(dict(x=1)); theirs.release() # it was passed over as taken, and is done before the last one begins
+        return dict(x=0)
+    assert theirs.acquire()
+    train_missing(cells, fit, mine, 'h')
+    assert [l.split()[0] for l in (tmp_path/'progress.log').read_text().splitlines()]==['4','3','1']
+
 def test_one_run_on_two_ranks(tmp_path):
     with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
     env = dict(WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port), CUDA_VISIBLE_DEVICES='')
