@@ -116,10 +116,10 @@ def measured(names=None):
 def unsupported(text, known):
     "Percentages and decimals in the prose and tables of `text` that no CSV holds, to the digits that are given"
     prose = re.sub(r'```.*?```|`[^`]*`|\]\([^)]*\)|<!--.*?-->|\b(?:Python|torch|transformers|nbdev|arXiv|Apache)[ :-][\d.]+', ' ', text, flags=re.S)
-    said = re.findall(r'(?<![\w.:-])(\d+\.\d+|\d+(?= ?%))(?![\w.]*\w)', prose)
+    said = re.findall(r'(?<![\w.:−-])(−?(?:\d+\.\d+|\d+(?= ?%)))(?![\w.]*\w)', prose)
     def held(s):
         d = len(s.partition('.')[2])
-        return any(abs(float(s)-k)<=.5000001*10**-d for v in known for k in (v, 100*v))
+        return any(abs(float(s.replace('−', '-'))-k)<=.5000001*10**-d for v in known for k in (v, 100*v))
     return [s for s in said if s not in {'95'} and not held(s)]
 
 def test_numbers_in_readme_stand_in_a_csv():
@@ -154,6 +154,7 @@ def test_a_number_without_a_csv_is_seen():
     assert unsupported('WER 12.3 %, 3.10 times faster, on Python 3.10', [12.28])==['3.10']
     assert unsupported('| target | 91.4 | `0.5` |', [.9142])==[]
     assert unsupported('an accuracy of 97 %', [96.2])==['97']
+    assert unsupported('better by −10.3 points', [-10.27])==[] and unsupported('better by −10.3 points', [10.27])==['−10.3']
 
 def test_csv_of_results_is_the_one_of_its_provenance():
     import hashlib
