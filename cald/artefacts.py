@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ARTEFACTS', 'GROUPS', 'HOW', 'Artefact', 'select', 'nb_cells', 'defaults', 'is_test', 'cells_hash', 'module_hash',
-           'copies_folder', 'filled', 'data_of', 'copy_data', 'data_hash', 'made_from', 'sources_of', 'stamp',
-           'other_params', 'other_code', 'other_inputs', 'broken', 'judge', 'status', 'estimate_minutes']
+           'copies_folder', 'filled', 'data_of', 'copy_data', 'data_hash', 'weights_hash', 'made_from', 'sources_of',
+           'stamp', 'other_params', 'other_code', 'other_inputs', 'broken', 'judge', 'status', 'estimate_minutes']
 
 # %% ../nbs/07a_artefacts.ipynb #74ed72fe
 import ast,hashlib,json,os,re
@@ -15,7 +15,7 @@ from pathlib import Path
 import pandas as pd
 from .grid import check_name,digest,hash_files
 from .runs import unplaced
-from .store import code_hash,norm_ast,out_folder,read_json,runs_folder,state_of,tree,write_atomic,write_json
+from .store import code_hash,norm_ast,once_per_state,out_folder,read_json,runs_folder,tree,write_atomic,write_json
 from .text import PACKAGES,installed
 
 # %% ../nbs/07a_artefacts.ipynb #b1403e72
@@ -118,22 +118,19 @@ def is_test(node)->bool:
     call = node.value.func if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call) else None
     return isinstance(node, ast.Assert) or (isinstance(call, ast.Name) and call.id.startswith('test_'))
 
-@lru_cache(maxsize=None)
-def _cells_hash(path, state): # as `code_hash`: once for each state of the file
+@once_per_state
+def cells_hash(path)->str:
+    "A hash of the code of notebook `path` that is neither exported, nor its parameters, nor a test"
     def one(s):
         try: return norm_ast([n for n in ast.parse(s).body if not is_test(n)])
         except SyntaxError: return s
     return digest([repr(one(s)) for t,tags,s in nb_cells(path) if t=='code' and 'parameters' not in tags and not re.match(r'#\|\s*(export|default_exp)', s)])
 
-def cells_hash(path)->str:
-    "A hash of the code of notebook `path` that is neither exported, nor its parameters, nor a test"
-    return _cells_hash(path, state_of(path))
-
 # %% ../nbs/07a_artefacts.ipynb #59138808
 def module_hash(name:str):
     "The hash of cald/`name`.py in this tree, as `fingerprint` takes it; None where there is no such file"
     f = tree()/'cald'/f'{name}.py'
-    return code_hash(f, state_of(f)) if f.exists() else None
+    return code_hash(f) if f.exists() else None
 
 def copies_folder()->Path: return runs_folder()/'copies'
 
@@ -158,14 +155,14 @@ def data_hash(a)->str:
 
 _version = lru_cache(maxsize=None)(installed) # every artefact asks for the same ones, and each answer is a file that is parsed
 
-@lru_cache(maxsize=None)
-def _weights_hash(path, state): return hash_files(path)
+@once_per_state
+def weights_hash(path)->str: return hash_files(path)
 
 def made_from(a, sources=())->dict:
     "What artefact `a` would be made from now; `sources` are names of checkpoints"
     ship = {s: tree()/'cald'/'checkpoints'/s/'model.safetensors' for s in sources}
     return dict(notebook=a.notebook, cells=cells_hash(a.path), modules={m:module_hash(m) for m in a.modules.split()}, packages={p:_version(p) for p in a.packages},
-                sources={s:_weights_hash(f, state_of(f)) for s,f in ship.items() if f.exists()}, data=data_hash(a))
+                sources={s:weights_hash(f) for s,f in ship.items() if f.exists()}, data=data_hash(a))
 
 # %% ../nbs/07a_artefacts.ipynb #330c95ea
 def sources_of(prov:dict)->list: return sorted({c.split()[1] for c in prov['cells']})

@@ -54,7 +54,7 @@ def begin(run, store, bar, todo, anew=False, workers=1):
     if run.done or anew: run.reset()
     run.start()
     left = estimate(todo, [r for r in store.runs() if r.done])
-    say(store, bar, f'{len(todo)} runs to do' + (f', about {left/workers/60:.0f} minutes' if left else '') + f': {run.cell}')
+    say(store, bar, f'{len(todo)} run{"s"*(len(todo)>1)} to do' + (f', about {left/workers/60:.0f} minutes' if left else '') + f': {run.cell}')
 
 # %% ../nbs/03b_runs.ipynb #cc527724
 def agree(x):
