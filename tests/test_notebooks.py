@@ -1,7 +1,10 @@
-"The experiment notebooks as a user runs them: through papermill, at smoke scale, into a folder of their own."
+"The speech notebook as a user runs it: by `cald reproduce` and by papermill, at smoke scale, into folders of their own."
 import json, os, subprocess, sys
+from dataclasses import replace
 from pathlib import Path
 import pandas as pd, papermill as pm, pytest
+from cald.artefacts import ARTEFACTS, module_hash, status
+from cald.paper import reproduce
 
 root = Path(__file__).parents[1]
 pytest.importorskip('espeakng_loader', reason='generated speech needs the extra `demo`')
@@ -13,26 +16,37 @@ def store(tmp_path, monkeypatch):
     monkeypatch.setenv('PYTHONPATH', os.pathsep.join([str(root), *filter(None, [os.environ.get('PYTHONPATH')])]))
     return tmp_path
 
-def speech(folder, **params):
-    return pm.execute_notebook(root/'nbs'/'05_speech.ipynb', folder/'05_speech.ipynb', progress_bar=False, kernel_name='python3',
-                               parameters=dict(scale='smoke', tasks=['asr'], modes=['hybrid'], seeds=[0], out=str(folder/'out'), **params))
+only = dict(tasks=['asr'], modes=['hybrid'])
 
-def test_speech_writes_tables_figures_and_provenance_and_trains_once(store):
+def speech(store, **params):
+    return pm.execute_notebook(root/'nbs'/'05_speech.ipynb', store/'05_speech.ipynb', progress_bar=False, kernel_name='python3',
+                               parameters=dict(scale='smoke', seeds=[0], out=str(store/'runs'/'smoke'), **only, **params))
+
+def results(store): return {p: p.stat().st_mtime_ns for p in (store/'runs').glob('*/result.json')}
+
+def test_speech_writes_tables_figures_and_provenance_and_trains_once(store, capsys):
     figures = sorted((root/'paper_figures').rglob('*'))
-    speech(store)
-    df = pd.read_csv(store/'out'/'table3.csv')
+    table3 = replace(next(a for a in ARTEFACTS if a.name=='table3'), params=only)
+    def make(): return reproduce(['table3'], 'smoke', seeds=1, artefacts=[table3])
+    out = make()
+    assert 'model cards written' in capsys.readouterr().out
+    df = pd.read_csv(out/'table3.csv')
     assert set(df['mode'])=={'standard','hybrid'} and set(df.metric)=={'WER','CER'} and (df.n==1).all() and df['mean'].notna().all()
-    prov = json.loads((store/'out'/'table3.json').read_text())
+    prov = json.loads((out/'table3.json').read_text())
     assert prov['scale']==['smoke'] and prov['seeds']==[0] and {'commit','environment','device','seconds','csv_sha256'} <= prov.keys()
-    made = {p.name for p in (store/'out').iterdir()}
-    assert made=={f'table3{n}.{e}' for n,es in {'':('csv','md','json'), '_modes':('csv','png','pdf','json'), '_curves':('csv','png','pdf','json')}.items() for e in es}
-    results = {p: p.stat().st_mtime_ns for p in (store/'runs').glob('*/result.json')}
-    assert len(results)==2
+    assert prov['made_from']['modules']['speech']==module_hash('speech') and status(out, [table3]).state['table3']=='fresh'
+    assert {p.name for p in out.iterdir()}=={f'table3{n}.{e}' for n,es in {'':('csv','md','json'), '_modes':('csv','png','pdf','json'), '_curves':('csv','png','pdf','json')}.items() for e in es}
+    trained = results(store)
+    assert len(trained)==2
+    card = next((store/'runs').glob('*hybrid*/model/README.md')).read_text()
+    assert 'mean nothing' in card and json.loads(next(f for f in trained if 'hybrid' in f.parent.name).read_text())['key'][:12] in card
+    make()
+    assert 'Nothing to do' in capsys.readouterr().out
     speech(store, random=True)
-    after = {p: p.stat().st_mtime_ns for p in (store/'runs').glob('*/result.json')}
-    assert {p: t for p,t in after.items() if p in results}==results, 'a finished run was trained again'
-    assert len(after)==3 and pd.read_csv(store/'out'/'table3.csv').equals(df)
-    source = pd.read_csv(store/'out'/'source.csv')
+    after = results(store)
+    assert {p: t for p,t in after.items() if p in trained}==trained, 'a finished run was trained again'
+    assert len(after)==3 and pd.read_csv(out/'table3.csv').equals(df)
+    source = pd.read_csv(out/'source.csv')
     assert set(source.start)=={'pretrained','random weights'} and set(source.metric)=={'WER','CER'}
     standard = [json.loads(f.read_text()) for f in (store/'runs').glob('asr-*-standard-*/config.json')]
     assert sorted(c['settings']['random'] for c in standard)==[False,True]
