@@ -156,7 +156,9 @@ def data_hash(a)->str:
 _version = lru_cache(maxsize=None)(installed) # every artefact asks for the same ones, and each answer is a file that is parsed
 
 @once_per_state
-def weights_hash(path)->str: return hash_files(path)
+def weights_hash(path)->str:
+    "A hash of the weights in file `path`"
+    return hash_files(path)
 
 def made_from(a, sources=())->dict:
     "What artefact `a` would be made from now; `sources` are names of checkpoints"

@@ -9,10 +9,10 @@ from cald.store import write_json
 
 root = Path(__file__).parents[1]
 
-def cald(*args, cwd, path=root, **env):
-    "Run `cald` as the console script does"
+def cald(*args, cwd):
+    "Run the `cald` of checkout `cwd` as the console script does"
     code = "import sys; sys.argv[0] = 'cald'; from cald.paper import main; sys.exit(main())"
-    return subprocess.run([sys.executable, '-c', code, *args], cwd=cwd, capture_output=True, text=True, env={**os.environ, 'PYTHONPATH':str(path), 'OMP_NUM_THREADS':'1', **env})
+    return subprocess.run([sys.executable, '-c', code, *args], cwd=cwd, capture_output=True, text=True, env={**os.environ, 'PYTHONPATH':str(cwd), 'OMP_NUM_THREADS':'1'})
 
 @pytest.fixture
 def copy(tmp_path, monkeypatch):
@@ -112,24 +112,25 @@ toys = [Artefact('toy', 'A toy', 'toy', minutes=1)]
 run = f"import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from cald.artefacts import Artefact; from cald.paper import reproduce; reproduce(seeds=10, artefacts={toys})"
 
 @pytest.fixture
-def toy(tmp_path):
+def toy(tmp_path, monkeypatch):
     (tmp_path/'nbs').mkdir(); (tmp_path/'settings.ini').write_text('lib_name = cald\n')
     code = [dict(cell_type='code', id=f'c{i}', source=s, metadata=dict(tags=t), outputs=[], execution_count=None)
             for i,(s,t) in enumerate([("scale:str = 'demo'\nseeds:list[int] = [0]\nout:str = ''", ['parameters']), (cell, [])])]
     meta = dict(kernelspec=dict(name='python3', display_name='python3', language='python'))
     (tmp_path/'nbs'/'toy.ipynb').write_text(json.dumps(dict(cells=code, metadata=meta, nbformat=4, nbformat_minor=5)))
+    monkeypatch.chdir(tmp_path)
+    for k in ('CALD_RUNS','CALD_OUT'): monkeypatch.delenv(k, raising=False)
+    for k,v in dict(PYTHONPATH=str(root), OMP_NUM_THREADS='1').items(): monkeypatch.setenv(k, v)
     return tmp_path
 
 def results(d): return {f:f.stat().st_mtime_ns for f in (d/'runs').glob('*/result.json')}
 
-def start(d):
-    env = {**{k:v for k,v in os.environ.items() if k not in ('CALD_RUNS','CALD_OUT')}, 'PYTHONPATH':str(root), 'OMP_NUM_THREADS':'1'}
-    return subprocess.Popen([sys.executable, '-c', run], cwd=d, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def start(): return subprocess.Popen([sys.executable, '-c', run], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
-def test_killed_it_leaves_no_process_and_goes_on_where_it_was(toy, monkeypatch, capsys):
+def test_killed_it_leaves_no_process_and_goes_on_where_it_was(toy, capsys):
     done = {}
     for n,how in ((2,signal.SIGINT), (4,signal.SIGTERM), (6,signal.SIGKILL)):
-        p = start(toy)
+        p = start()
         while len(results(toy))<n and p.poll() is None: time.sleep(.02)
         assert p.poll() is None, p.communicate()[1]
         family = psutil.Process(p.pid).children(recursive=True)
@@ -140,16 +141,14 @@ def test_killed_it_leaves_no_process_and_goes_on_where_it_was(toy, monkeypatch, 
         assert {f:t for f,t in results(toy).items() if f in done}==done, 'a finished run was trained again'
         done = results(toy)
         assert n<=len(done)<10
-    monkeypatch.chdir(toy)
-    for k in ('CALD_RUNS','CALD_OUT'): monkeypatch.delenv(k, raising=False)
-    monkeypatch.setenv('PYTHONPATH', str(root))
     reproduce(seeds=10, artefacts=toys)
     assert len(results(toy))==10 and {f:t for f,t in results(toy).items() if f in done}==done, 'a finished run was trained again'
     capsys.readouterr()
     reproduce(seeds=10, artefacts=toys)
     assert 'Nothing to do' in capsys.readouterr().out
 
-def test_a_checkout_of_another_cald_is_refused(copy, capsys):
+def test_a_checkout_of_another_cald_is_refused(copy, monkeypatch, capsys):
+    monkeypatch.chdir(copy/'nbs')
     assert main(['status'])==2 and 'not the one of this checkout' in capsys.readouterr().err
 
 # The report in a real browser
@@ -160,7 +159,7 @@ document.body.setAttribute('data-images', document.images.length); document.body
 
 @pytest.mark.skipif(not browser, reason='no Chromium on this system')
 def test_the_report_opens_in_a_browser_and_shows_every_figure(copy):
-    r = cald('report', '--to', 'report', cwd=copy, path=copy)
+    r = cald('report', '--to', 'report', cwd=copy)
     assert r.returncode==0, r.stderr
     pages = sorted((copy/'report').rglob('*.html'))
     assert {p.stem for p in pages if p.parent.name=='notebooks'}=={f.stem for f in (root/'nbs').glob('*.ipynb')}

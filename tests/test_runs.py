@@ -148,9 +148,10 @@ def test_helpers_end_when_their_process_is_killed(tmp_path, monkeypatch):
 
 def test_a_helper_that_fails_leaves_the_work_to_others(tmp_path):
     threads = torch.get_num_threads()
-    with runs.helpers(1, 'cald.no_such_module:work', tmp_path) as procs: procs[0].wait(timeout=60)
-    assert procs[0].returncode and torch.get_num_threads()==threads
-    assert 'no_such_module' in (tmp_path/'helper-1.log').read_text()
+    with runs.helpers(2, 'cald.no_such_module:work', tmp_path) as procs:
+        for p in procs: p.wait(timeout=60)
+    assert all(p.returncode for p in procs) and torch.get_num_threads()==threads
+    assert 'no_such_module' in (tmp_path/'helper-2.log').read_text()
 
 def test_what_another_process_has_done_meanwhile_is_not_counted_as_left(tmp_path):
     cells = grid(task='counted', source='s', mixer='none', mode='m', seed=range(4))
