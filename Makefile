@@ -35,7 +35,8 @@ demo: $(VENV)/.demo
 	@tail -n 0 -f $(PROGRESS) & log=$$!; trap 'kill $$log' EXIT; \
 	$(BIN)/papermill nbs/05_speech.ipynb runs/05_speech.ipynb -p out $(OUT) -y 'seeds: [0]'
 	@echo; echo "Speech table, this machine, one seed ($(OUT)/table3.md):"; echo; cat $(OUT)/table3.md
-	@echo; if [ -f paper_figures/table3.csv ]; then echo "Beside the committed result in paper_figures/:"; echo; \
+	@echo; if [ "$${CALD_SCALE:-demo}" != demo ]; then echo "The committed result is one of scale demo: this one, of scale $$CALD_SCALE, is not compared with it."; \
+	elif [ -f paper_figures/table3.csv ]; then echo "Beside the committed result in paper_figures/:"; echo; \
 	$(BIN)/python -c "import pandas as pd; from cald.runs import compare_with_committed as c; print(c('table3', pd.read_csv('$(OUT)/table3.csv')).round(2).to_string(index=False))"; \
 	else echo "paper_figures/ has no committed result yet."; fi
 	@echo; echo "Table and figures: $(OUT)/    the notebook with its outputs: runs/05_speech.ipynb"

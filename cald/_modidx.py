@@ -231,6 +231,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'cald.experiment.some': ('experiment.html#some', 'cald/experiment.py'),
                                  'cald.experiment.start_from': ('experiment.html#start_from', 'cald/experiment.py'),
                                  'cald.experiment.training_args': ('experiment.html#training_args', 'cald/experiment.py')},
+            'cald.families': { 'cald.families.heads': ('families.html#heads', 'cald/families.py'),
+                               'cald.families.like': ('families.html#like', 'cald/families.py')},
             'cald.grid': { 'cald.grid.Cell': ('grid.html#cell', 'cald/grid.py'),
                            'cald.grid.Cell.__post_init__': ('grid.html#cell.__post_init__', 'cald/grid.py'),
                            'cald.grid.Cell.__str__': ('grid.html#cell.__str__', 'cald/grid.py'),

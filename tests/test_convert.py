@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (AutoConfig, AutoModel, AutoModelForAudioClassification, AutoModelForCausalLM, AutoModelForCTC,
     AutoModelForMaskedLM, AutoModelForSequenceClassification, BertConfig, BertForMaskedLM, GPTNeoXConfig, GPTNeoXForCausalLM,
-    GPTNeoXForSequenceClassification, GPTNeoXModel, RobertaConfig, RobertaForMaskedLM, RobertaForSequenceClassification, RobertaModel,
+    GPTNeoXForTokenClassification, GPTNeoXModel, RobertaConfig, RobertaForMaskedLM, RobertaForSequenceClassification, RobertaModel,
     Wav2Vec2Config, Wav2Vec2ForCTC, Wav2Vec2ForSequenceClassification, Wav2Vec2Model)
 
 import cald
@@ -360,10 +360,10 @@ print(cald.__version__)'''
 # ---- the registry
 
 def test_errors_say_what_there_is():
-    m,other = model('ctc'),GPTNeoXForSequenceClassification(GPTNeoXConfig(**tokens))
+    m,other = model('ctc'),GPTNeoXForTokenClassification(GPTNeoXConfig(**tokens))
     for bad,error,match in [
         (lambda: convert(nn.Linear(2, 2)), TypeError, 'a Linear; known: .*Wav2Vec2ForCTC.*RobertaForMaskedLM.*GPTNeoXForCausalLM'),
-        (lambda: convert(other), TypeError, 'GPTNeoXForSequenceClassification; known'),
+        (lambda: convert(other), TypeError, 'GPTNeoXForTokenClassification; known'),
         (lambda: convert(convert(m)), TypeError, 'converted already'),
         (lambda: convert(model('mlm', is_decoder=True)), TypeError, 'is_decoder'),
         (lambda: convert(m, to='mamba3'), ValueError, 'known: mamba2, mamba, linformer, identity'),
