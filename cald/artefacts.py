@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['ARTEFACTS', 'GROUPS', 'HOW', 'Artefact', 'select', 'nb_cells', 'defaults', 'is_test', 'cells_hash', 'module_hash',
            'copies_folder', 'filled', 'data_of', 'copy_data', 'data_hash', 'weights_hash', 'made_from', 'sources_of',
-           'stamp', 'other_params', 'other_code', 'other_inputs', 'broken', 'judge', 'status', 'estimate_minutes']
+           'stamp', 'other_params', 'other_code', 'other_inputs', 'broken', 'judge', 'status', 'runs_of',
+           'estimate_minutes']
 
 # %% ../nbs/07a_artefacts.ipynb #74ed72fe
 import ast,hashlib,json,os,re
@@ -34,6 +35,7 @@ class Artefact:
     free:tuple=()           # parameters that make no difference to it
     after:tuple=()          # what must be there first
     minutes:float=None      # of one seed at demo scale on two cores, before anything was measured
+    alone:float=0           # of these, what the notebook itself takes beside its trainings
     gpu_hours:float=None    # of one seed at paper scale
 
     @property
@@ -225,12 +227,18 @@ def status(folder, artefacts=None)->pd.DataFrame:
     return pd.DataFrame([judge(a, folder) for a in (ARTEFACTS if artefacts is None else artefacts)]).set_index('name')
 
 # %% ../nbs/07a_artefacts.ipynb #b449bfb9
-def estimate_minutes(a, seeds:list, workers:int, folder, runs=None):
-    "Minutes that artefact `a` takes for `seeds` at demo scale, by the measured result in `folder`; None where nothing is known"
+def runs_of(a, folder)->set:
+    "The runs behind the result of `a` in `folder`, by the ends of the names that they have in a store"
+    f = Path(folder)/f'{a.name}.json'
+    return {k[:12] for k in read_json(f)['runs']} if f.exists() else set()
+
+def estimate_minutes(a, seeds:list, workers:int, folder, runs=None, before=frozenset()):
+    "Minutes that artefact `a` takes for `seeds` at demo scale, by the measured result in `folder`, if the runs `before` are there by then; None where nothing is known"
     f = Path(folder)/f'{a.name}.json'
     prov = read_json(f) if f.exists() else None
     if not prov or not prov['seeds'] or prov['scale']!=['demo']: return None if a.minutes is None else a.minutes*len(seeds)*2/max(workers, 1)
-    keys = {k[:12] for k in prov['runs']}
-    done = [p for p in Path(runs or runs_folder()).glob('*/result.json') if p.parent.name[-12:] in keys and read_json(p.parent/'config.json')['cell']['seed'] in seeds]
+    keys = runs_of(a, folder)
+    here = [p for p in Path(runs or runs_folder()).glob('*/result.json') if p.parent.name[-12:] in keys-before and read_json(p.parent/'config.json')['cell']['seed'] in seeds]
     share = len(seeds)/len(prov['seeds'])
-    return prov['seconds']/60*share/max(workers, 1)*max(0, 1-len(done)/max(len(keys)*share, 1))
+    done = len(here)+len(keys&before)*share
+    return a.alone*len(seeds)+prov['seconds']/60*share/max(workers, 1)*max(0, 1-done/max(len(keys)*share, 1))
