@@ -431,6 +431,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                             'cald.paper.cmd_status': ('paper.html#cmd_status', 'cald/paper.py'),
                             'cald.paper.end_notebook': ('paper.html#end_notebook', 'cald/paper.py'),
                             'cald.paper.follow': ('paper.html#follow', 'cald/paper.py'),
+                            'cald.paper.in_short': ('paper.html#in_short', 'cald/paper.py'),
                             'cald.paper.jobs': ('paper.html#jobs', 'cald/paper.py'),
                             'cald.paper.lacks': ('paper.html#lacks', 'cald/paper.py'),
                             'cald.paper.main': ('paper.html#main', 'cald/paper.py'),

@@ -62,9 +62,9 @@ ARTEFACTS = [
     Artefact('table4', 'Table 4: settings of Table 1', '04a_nlp', free=('search','rates'), minutes=0, gpu_hours=0, **_of_text),
     Artefact('fig1', 'Figure 1: modes of guidance', '06b_drawings', f'{_core} drawings', minutes=1, gpu_hours=0),
     Artefact('fig2', 'Figure 2: the converted layer', '06b_drawings', f'{_core} drawings', minutes=1, gpu_hours=0),
-    Artefact('fig3', 'Figure 3: shift of the hidden states', '06a_trajectories', f'{_both} trajectories', files='shift', **_of_both),
-    Artefact('fig4', 'Figure 4: trajectories of the hidden states', '06a_trajectories', f'{_both} trajectories', files='fig4_progress fig4_ends', **_of_both),
-    Artefact('cka', 'CKA maps of teacher and students', '06_analysis', _both, files='cka_stages cka_layers cka_result', group='cka', **_of_both),
+    Artefact('fig3', 'Figure 3: shift of the hidden states', '06a_trajectories', f'{_both} trajectories', files='shift', alone=1, **_of_both),
+    Artefact('fig4', 'Figure 4: trajectories of the hidden states', '06a_trajectories', f'{_both} trajectories', files='fig4_progress fig4_ends', alone=1, **_of_both),
+    Artefact('cka', 'CKA maps of teacher and students', '06_analysis', _both, files='cka_stages cka_layers cka_result', group='cka', alone=5, **_of_both),
     *(Artefact(f'q{i}_{n}', f'Question {i}: {title}', '06c_questions', f'{_both} trajectories questions', dict(questions=[i]), group='questions', free=('questions',), **{**_of_both, 'minutes':m})
       for i,(n,title,m) in enumerate([('shift', 'trajectory guidance and the shift', 4), ('switch', 'where hybrid switches', 4), ('size', 'the size of the training set', 9),
                                       ('parts', 'what carries the conversion', 7), ('loss', 'the layer loss', 7)], 1)),

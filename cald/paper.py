@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['reproduce_folder', 'lacks', 'plan', 'jobs', 'measured', 'minutes', 'say_time', 'tell_plan', 'start_notebook',
            'end_notebook', 'follow', 'run_job', 'written', 'reproduce', 'shown', 'agreement', 'checkout',
-           'cmd_reproduce', 'cmd_status', 'cmd_compare', 'cmd_report', 'cmd_cards', 'parser', 'main']
+           'cmd_reproduce', 'in_short', 'cmd_status', 'cmd_compare', 'cmd_report', 'cmd_cards', 'parser', 'main']
 
 # %% ../nbs/08_paper.ipynb #85edf65f
 import argparse,json,os,re,signal,subprocess,sys,time
 from pathlib import Path
 import pandas as pd
 from filelock import FileLock,Timeout
-from .artefacts import ARTEFACTS,copy_data,data_of,defaults,estimate_minutes,filled,judge,runs_of,select,stamp,status
+from .artefacts import ARTEFACTS,GROUPS,copy_data,data_of,defaults,estimate_minutes,filled,judge,runs_of,select,stamp,status
 from .grid import SCALES,check_name
 from .report import against_paper,compute,write_cards
 from .runs import compare_with_committed,default_workers
@@ -189,14 +189,20 @@ def cmd_reproduce(o):
     same = agreement(folder)
     if len(same): print('Against the committed results:', same.to_string(), sep='\n')
 
+def in_short(states:pd.Series)->str: # name -> state
+    "A line for each group of names that `cald reproduce` knows: all fresh, or how many are what"
+    def one(kinds):
+        own = states[[a.name for a in ARTEFACTS if a.group in kinds]]
+        return 'all fresh' if set(own)<={'fresh','not available'} else ', '.join(f'{n} {s}' for s,n in own.value_counts().items())
+    return '\n'.join(f'{name+":":10} {one(kinds)}' for name,kinds in GROUPS.items())
+
 def cmd_status(o):
     folders = [Path(o.out)] if o.out else [f for f in (out_folder('', 'demo'), *map(reproduce_folder, SCALES)) if f.is_dir()]
     for f in dict.fromkeys(folders):
         df = status(f)
         print(f'{shown(f.absolute())}', df.drop(columns=['retrain','why']).to_string(), sep='\n')
         for name,why in df.why[df.why.ne('')].items(): print(f'  {name}: {why}')
-        count = df.state.value_counts()
-        print('all fresh\n' if set(df.state)<={'fresh','not available'} else ', '.join(f'{n} {s}' for s,n in count.items())+'\n')
+        print(in_short(df.state), end='\n\n')
 
 # %% ../nbs/08_paper.ipynb #7eabbe7d
 def cmd_compare(o):
