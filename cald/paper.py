@@ -192,9 +192,9 @@ def cmd_reproduce(o):
 def in_short(states:pd.Series)->str: # name -> state
     "A line for each group of names that `cald reproduce` knows: all fresh, or how many are what"
     def one(kinds):
-        own = states[[a.name for a in ARTEFACTS if a.group in kinds]]
+        own = states[[a.name for a in ARTEFACTS if a.group in kinds and a.name in states]]
         return 'all fresh' if set(own)<={'fresh','not available'} else ', '.join(f'{n} {s}' for s,n in own.value_counts().items())
-    return '\n'.join(f'{name+":":10} {one(kinds)}' for name,kinds in GROUPS.items())
+    return '\n'.join(f'{name+":":10} {one(kinds)}' for name,kinds in GROUPS.items() if any(a.name in states for a in ARTEFACTS if a.group in kinds))
 
 def cmd_status(o):
     folders = [Path(o.out)] if o.out else [f for f in (out_folder('', 'demo'), *map(reproduce_folder, SCALES)) if f.is_dir()]
