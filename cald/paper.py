@@ -66,8 +66,10 @@ def tell_plan(todo, scale, seeds, workers, price=None)->list:
     "Print what will be made, what not and why, how long it takes and what it costs; the jobs"
     for r in todo[todo.do!='make'].itertuples(): print(f'  {r.artefact.name:8} {r.why}')
     work = jobs(todo)
-    made = [set().union(*(runs_of(a, measured(a)) for j in work[:i] for a in j)) for i in range(len(work))]
-    known = [minutes(j, scale, seeds, workers, m) for j,m in zip(work, made)]
+    known,made = [],set()
+    for j in work:
+        known.append(minutes(j, scale, seeds, workers, made))
+        made |= set().union(*(runs_of(a, measured(a)) for a in j))
     why = dict(zip([a.name for a in todo.artefact], todo.why))
     for j,m in zip(work, known): print(f"  {' '.join(a.name for a in j):8} {'about ' if m else ''}{say_time(m)} ({why[j[0].name]})")
     hours = sum(m or 0 for m in known)/60
@@ -191,10 +193,9 @@ def cmd_reproduce(o):
 
 def in_short(states:pd.Series)->str: # name -> state
     "A line for each group of names that `cald reproduce` knows: all fresh, or how many are what"
-    def one(kinds):
-        own = states[[a.name for a in ARTEFACTS if a.group in kinds and a.name in states]]
-        return 'all fresh' if set(own)<={'fresh','not available'} else ', '.join(f'{n} {s}' for s,n in own.value_counts().items())
-    return '\n'.join(f'{name+":":10} {one(kinds)}' for name,kinds in GROUPS.items() if any(a.name in states for a in ARTEFACTS if a.group in kinds))
+    group = {a.name:name for name,kinds in GROUPS.items() for a in ARTEFACTS if a.group in kinds}
+    def one(own): return 'all fresh' if set(own)<={'fresh','not available'} else ', '.join(f'{n} {s}' for s,n in own.value_counts().items())
+    return '\n'.join(f'{name+":":10} {one(own)}' for name,own in states.groupby(group, sort=False))
 
 def cmd_status(o):
     folders = [Path(o.out)] if o.out else [f for f in (out_folder('', 'demo'), *map(reproduce_folder, SCALES)) if f.is_dir()]
