@@ -257,6 +257,12 @@ def test_states_follow_the_rows(to):
         change(c)
         i,k = (t[rows] for t in rest)
         close(m(i, attention_mask=k, position_ids=positions(k)[:,8:], past_key_values=c).logits, want[rows])
+
+@mixers
+def test_a_cache_starts_anew(to):
+    "With all layers converted: before transformers 5.18 attention's layers keep their length"
+    m,(ids,mask) = model(to, None),prompts('left').values()
+    _,cache = fed(m, ids, mask, [N])
     cache.reset()
     assert cache.get_seq_length()==0
     close(fed(m, ids, mask, [4,8], cache)[0][0], fed(m, ids, mask, [N])[0][0])

@@ -3,6 +3,7 @@ import copy, functools, os
 os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # read when CUDA starts: without it its matrix products are not repeatable
 
 import pytest, torch
+from accelerate.state import AcceleratorState
 from transformers import AutoModel, AutoModelForCausalLM, RobertaConfig, RobertaForSequenceClassification, TrainingArguments
 
 from cald import mixers
@@ -15,7 +16,10 @@ from test_mixers import SCANS, rms
 pytestmark = [pytest.mark.skipif(not torch.cuda.is_available(), reason='no NVIDIA GPU'), pytest.mark.xdist_group('cuda')]
 
 @pytest.fixture(autouse=True)
-def seed(): torch.manual_seed(0)
+def exact(monkeypatch):
+    "Convolutions in float32, which PyTorch leaves to TF32"
+    monkeypatch.setattr(torch.backends.cudnn, 'allow_tf32', False)
+    torch.manual_seed(0)
 
 @pytest.fixture(params=['torch','mamba_ssm'])
 def by(request, monkeypatch):
@@ -152,8 +156,13 @@ def losses(d): return [[l[k] for k in sorted(l) if k.startswith('loss')] for l i
 
 @modes
 def test_training_goes_as_on_a_cpu(mode, snapshots, tmp_path):
-    here,there = (distiller(tmp_path/n, MODES[mode](snapshots), linear(0), use_cpu=n=='cpu') for n in ('cpu','gpu'))
-    here.train(); there.train()
+    done = []
+    for device in ('cpu','cuda'):
+        AcceleratorState._reset_state(True) # else the second run is on the device of the first
+        done.append(distiller(tmp_path/device, MODES[mode](snapshots), linear(0), use_cpu=device=='cpu'))
+        done[-1].train()
+    here,there = done
+    AcceleratorState._reset_state(True)
     assert next(there.model.parameters()).is_cuda and len(losses(here))==8
     for a,b in zip(losses(here), losses(there), strict=True): torch.testing.assert_close(torch.tensor(b), torch.tensor(a), rtol=1e-3, atol=1e-4)
 
