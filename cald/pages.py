@@ -130,10 +130,11 @@ def write_report(to=None, folder=None, store=None, artefacts=None)->Path:
     return to/'index.html'
 
 def linked(text:str, base, to)->str:
-    "Page `text` with the files that it names, relative to folder `base`, copied to folder `to`"
+    "Page `text` with the files that it names, relative to folder `base`, copied to folder `to` and the folders below it"
     def one(m):
-        f = (Path(base)/m[2]).resolve()
+        f,name = Path(base)/m[2],re.sub(r'^(\.\./)+', '', m[2])
         if m[2].endswith('.html') or not f.is_file(): return m[0] if m[2].endswith('.html') else f'{m[1]}="#"'
-        shutil.copy(f, to)
-        return f'{m[1]}="{f.name}"'
+        (Path(to)/name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(f, Path(to)/name)
+        return f'{m[1]}="{name}"'
     return re.sub(r'(src|href)="((?!data:|[a-z]+:|#)[^"#]+)"', one, text)

@@ -198,9 +198,12 @@ def in_short(states:pd.Series)->str: # name -> state
     return '\n'.join(f'{name+":":10} {one(own)}' for name,own in states.groupby(group, sort=False))
 
 def cmd_status(o):
-    folders = [Path(o.out)] if o.out else [f for f in (out_folder('', 'demo'), *map(reproduce_folder, SCALES)) if f.is_dir()]
+    published = out_folder('', 'demo')
+    below = sorted(f for f in published.glob('*') if f.is_dir())
+    folders = [Path(o.out)] if o.out else [f for f in (published, *below, *map(reproduce_folder, SCALES)) if f.is_dir()]
     for f in dict.fromkeys(folders):
         df = status(f)
+        if f in below: df = df[df.state!='missing'] # what another machine made is not all of it
         print(f'{shown(f.absolute())}', df.drop(columns=['retrain','why']).to_string(), sep='\n')
         for name,why in df.why[df.why.ne('')].items(): print(f'  {name}: {why}')
         print(in_short(df.state), end='\n\n')

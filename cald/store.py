@@ -144,7 +144,7 @@ def peak_memory_mb()->float:
 
 # %% ../nbs/03a_store.ipynb #19b5b12d
 PACKAGES = ('cald torch transformers accelerate safetensors datasets numpy scipy pandas scikit-learn jiwer soundfile matplotlib '
-            'espeakng-loader mamba-ssm causal-conv1d').split()
+            'espeakng-loader mamba-ssm').split()
 
 def environment()->dict:
     "Versions of Python, the system and the installed ones of `PACKAGES`"

@@ -151,6 +151,13 @@ def test_a_checkout_of_another_cald_is_refused(copy, monkeypatch, capsys):
     monkeypatch.chdir(copy/'nbs')
     assert main(['status'])==2 and 'not the one of this checkout' in capsys.readouterr().err
 
+def test_status_has_what_another_machine_made_without_what_it_did_not(capsys):
+    assert main(['status'])==0
+    first,*more = capsys.readouterr().out.strip().split('\n\n')
+    gpu, = [t for t in more if t.startswith('paper_figures/gpu/')]
+    assert re.search(r'^table1 .*demo', first, re.M) and re.search(r'^efficiency .*paper', gpu, re.M)
+    assert 'table1' not in gpu and 'missing' not in gpu
+
 # The report in a real browser
 
 browser = next(filter(None, map(shutil.which, ('chromium','chromium-browser','google-chrome'))), None)

@@ -107,7 +107,7 @@ def test_readme_links_every_notebook():
 
 def measured(names=None):
     "Every number of the CSV files of results (of those with `names` only), and half the width of every interval"
-    for f in [*(f for f in (root/'paper_figures').glob('*.csv') if names is None or f.stem in names), *(root/'cald/data').glob('*.csv')]:
+    for f in [*(f for f in (root/'paper_figures').rglob('*.csv') if names is None or f.stem in names), *(root/'cald/data').glob('*.csv')]:
         for row in csv.DictReader(f.open(encoding='utf-8')):
             for cell in row.values():
                 for v in re.findall(r'-?\d+\.?\d*(?:e-?\d+)?', cell): yield float(v)
@@ -158,7 +158,7 @@ def test_a_number_without_a_csv_is_seen():
 
 def test_csv_of_results_is_the_one_of_its_provenance():
     import hashlib
-    for f in (root/'paper_figures').glob('*.csv'):
+    for f in (root/'paper_figures').rglob('*.csv'):
         prov = json.loads(f.with_suffix('.json').read_text(encoding='utf-8'))
         assert hashlib.sha256(f.read_bytes()).hexdigest()==prov['csv_sha256'], f'{f.name} was edited after {f.stem}.json'
         assert 'smoke' not in prov['scale']
@@ -172,7 +172,7 @@ def test_imports_without_nbdev_or_mamba_ssm(tmp_path):
 import importlib, sys
 class Absent:
     def find_spec(self, name, *a):
-        if name.split('.')[0] in ('nbdev','execnb','mamba_ssm','causal_conv1d','pytest'): raise ModuleNotFoundError(name)
+        if name.split('.')[0] in ('nbdev','execnb','mamba_ssm','pytest'): raise ModuleNotFoundError(name)
 sys.meta_path.insert(0, Absent())
 for m in {names}: importlib.import_module(m)
 print(len({names}))'''
