@@ -46,6 +46,8 @@ _encoders = (
     like('roberta', 'camembert', 'Camembert', 'text'),
     like('bert', 'electra', 'Electra', 'text'),
     Family('distilbert', 'DistilBertConfig', heads('DistilBert', 'text'), 'transformer.layer', 'attention', ('q_lin','k_lin','v_lin','out_lin'), 'attention_dropout'))
+if tuple(map(int, transformers.__version__.split('.')[:2]))<(5,16): # where the attention of Wav2Vec2-BERT is annotated with one value more than it returns
+    _encoders = tuple(f for f in _encoders if f.name!='wav2vec2-bert')
 
 # %% ../nbs/01d_families.ipynb #a0a2cc54
 _llamas = {'llama':'Llama', 'mistral':'Mistral', 'qwen2':'Qwen2', 'qwen3':'Qwen3', 'olmo2':'Olmo2', 'phi':'Phi', 'smollm3':'SmolLM3', 'granite':'Granite'}
