@@ -484,6 +484,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                            'cald.runs.distinct': ('runs.html#distinct', 'cald/runs.py'),
                            'cald.runs.estimate': ('runs.html#estimate', 'cald/runs.py'),
                            'cald.runs.helpers': ('runs.html#helpers', 'cald/runs.py'),
+                           'cald.runs.longest_first': ('runs.html#longest_first', 'cald/runs.py'),
                            'cald.runs.mean_ci': ('runs.html#mean_ci', 'cald/runs.py'),
                            'cald.runs.objection': ('runs.html#objection', 'cald/runs.py'),
                            'cald.runs.paper_numbers': ('runs.html#paper_numbers', 'cald/runs.py'),

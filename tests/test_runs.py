@@ -163,6 +163,15 @@ def test_what_another_process_has_done_meanwhile_is_not_counted_as_left(tmp_path
     train_missing(cells, fit, mine, 'h')
     assert [l.split()[0] for l in (tmp_path/'progress.log').read_text().splitlines()]==['4','3','1']
 
+@pytest.mark.parametrize('workers,order', [(1,['short 0','long 0','short 1','long 1']), (2,['short 0','long 0','long 1','short 1'])])
+def test_with_others_beside_it_the_long_runs_come_first(tmp_path, workers, order):
+    calls = []
+    def fn(c, run):
+        calls.append(f'{c.task} {c.seed}'); time.sleep(.2*(c.task=='long'))
+        return dict(x=0)
+    train_missing([cell(t, seed=s) for s in (0,1) for t in ('short','long')], fn, Store(tmp_path), 'h', workers=workers)
+    assert calls==order
+
 def test_one_run_on_two_ranks(tmp_path):
     with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
     env = dict(WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port), CUDA_VISIBLE_DEVICES='')
