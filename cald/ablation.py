@@ -24,11 +24,11 @@ def parts(model)->dict: # name of a weight -> 'front end', 'input', 'attention',
     def part(name, module):
         if not name.startswith(prefix): return 'head'
         if name.startswith(f'{prefix}feature_extractor.'): return 'front end'
-        if isinstance(module, nn.LayerNorm): return 'norms'
+        if type(module).__name__.endswith('Norm'): return 'norms' # RMSNorm has a class of its own in every family
         if not name.startswith(layers): return 'input'
         return 'attention' if name.removeprefix(layers).split('.')[1]==attention else 'feed-forward'
-    all_ = [(n,m) for at,m in model.named_modules() for n,_ in m.named_parameters(at, recurse=False)]
-    return {n: part(n, m) for n,m in all_ if n not in new}
+    all_,own = [(n,m) for at,m in model.named_modules() for n,_ in m.named_parameters(at, recurse=False)],dict(model.named_parameters())
+    return {n: part(n, m) for n,m in all_ if n not in new and n in own} # a weight that is tied has one of its names there
 
 # %% ../nbs/01c_ablation.ipynb #1c00000b
 @torch.no_grad()
@@ -52,7 +52,8 @@ def reuse_attention(student, source):
     "Let the mixers of `student` begin with the projections of `source`: values as x, keys as B, queries as C, output as output. ValueError if they do not fit"
     family = FAMILIES[student.config.cald['family']]
     if len(family.projections)<4: raise ValueError(f'{family.name} has no projections of its own for queries, keys, values and output')
-    for new,old in zip(family.attentions(student), family.attentions(source)):
+    at = [(family.attentions(student)[i],family.attentions(source)[i]) for i in student.config.cald['layers']]
+    for new,old in at:
         mixer,(q,k,v,o) = student.get_submodule(new).mixer,(source.get_submodule(old).get_submodule(n) for n in family.projections)
         ways = [mixer.fw,mixer.bw] if isinstance(mixer, Bidirectional) else [mixer]
         for m in ways:

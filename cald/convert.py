@@ -7,6 +7,7 @@ __all__ = ['families', 'family_of', 'fill', 'converted_config', 'convert', 'repo
 
 # %% ../nbs/01_convert.ipynb #daea34ec
 import copy,json,re
+from collections.abc import Iterable
 from contextlib import contextmanager
 
 import torch
@@ -58,9 +59,10 @@ def converted_config(model, family:Family, to:str, layers, seed, args:dict):
     student,n = family.students[type(model)],len(family.attentions(model))
     config = student.config_class.from_dict({k: v for k,v in model.config.to_dict().items() if k!='model_type'})
     config._attn_implementation,config.architectures = model.config._attn_implementation,[student.__name__]
-    which = list(range(n)) if layers is None else sorted(int(i) for i in layers)
-    if not which or len(set(which))<len(which) or which[0]<0 or which[-1]>=n:
+    which = list(range(n)) if layers is None else list(layers) if isinstance(layers, Iterable) else [layers]
+    if not which or len(set(which))<len(which) or not set(which)<=set(range(n)):
         raise ValueError(f'layers={layers}: give different numbers from 0 to {n-1}')
+    which = sorted(map(int, which))
     spec = dict(family=family.name, to=to, layers=which, args=mixer_args(to, family, config, args), seed=seed)
     config.cald = json.loads(json.dumps(spec))
     return config

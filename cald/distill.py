@@ -99,6 +99,10 @@ class Distiller(Trainer):
         if args.log_level=='passive': args.log_level = 'warning'
         super().__init__(model, args, train_dataset=train_dataset, **kwargs)
         self.guidance,self.task_loss,self.task_sum,self.snapshots = guidance or Unguided(),task_loss,task_sum,set(snapshots)
+        if not isinstance(self.guidance, Guidance): raise TypeError(f'guidance is a Guidance, such as Target(teacher), and not a {type(guidance).__name__}')
+        if kwargs.get('compute_loss_func'): raise ValueError('compute_loss_func is not called: pass `task_loss`, a function of outputs and batch')
+        if args.label_smoothing_factor: raise ValueError('label_smoothing_factor is not applied: pass a `task_loss` that smooths')
+        if progress not in (None,'bar','line','none'): raise ValueError(f"progress is 'bar', 'line' or 'none', not {progress!r}")
         if nonfinite not in ('raise','skip'): raise ValueError(f"nonfinite is 'raise' or 'skip', not {nonfinite!r}")
         if args.save_only_model:
             raise ValueError('save_only_model leaves nothing to go on from; `snapshots` saves the model alone at chosen steps')

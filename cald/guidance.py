@@ -80,7 +80,7 @@ class HiddenLoss:
         if self.per=='item' and weight is None: raise ValueError("per='item' needs `weight`: see `HiddenLoss.__call__`")
         mask,res = mask if self.masked else None,{}
         if self.alpha: res['layer'] = self.alpha*self.layer_loss(student.hidden_states, teacher.hidden_states, mask, weight)
-        if self.alpha_output: res['output'] = self.alpha_output*self.output_loss(student.logits, teacher.logits, mask, weight)
+        if self.alpha_output: res['output'] = self.alpha_output*self.output_loss(getattr(student, 'logits', None), getattr(teacher, 'logits', None), mask, weight)
         return res
 
 # %% ../nbs/02_guidance.ipynb #051cb0b2
@@ -102,8 +102,12 @@ def layer_loss(self:HiddenLoss, hs, ht, mask=None, weight=None):
 @patch
 def output_loss(self:HiddenLoss, s, t, mask=None, weight=None):
     "The unweighted output loss of logits `s` against `t`: per position, or per sample; the mean over heads when there are several"
+    if s is None or t is None: raise ValueError(f"an output loss needs logits, and the {'student' if s is None else 'teacher'} gives none")
     if isinstance(s, (tuple,list)): return sum(self.output_loss(a, b, mask, weight) for a,b in zip(s,t))/len(s)
+    if s.shape!=t.shape: raise ValueError(f"the student's logits are {tuple(s.shape)}, its teacher's {tuple(t.shape)}: they must be alike")
     kl = output_kl(s, t, self.temperature)*(self.temperature**2 if self.t2 else 1)
+    if kl.ndim==2 and mask is not None and mask.shape!=kl.shape:
+        raise ValueError(f'the logits are {tuple(kl.shape)}, the hidden states {tuple(mask.shape)}: an output loss over valid positions needs one for each (an adapter makes them fewer)')
     if kl.ndim==2: return self.average(kl, mask, weight)
     if self.per=='item': raise ValueError("per='item' has an output loss for outputs at each position only")
     return kl.mean()
@@ -307,7 +311,8 @@ def teacher_forward(self:Trajectory, batch, step):
     self.teacher.train(self.train_mode)
     with torch.enable_grad(), own_rng('teacher', *key), all_states(self.teacher) as fill:
         out = fill(self.teacher(**_inputs(self.teacher, batch, labels=self.task_loss is None)))
-        loss = self.task_loss(out, batch) if self.task_loss else out.loss
+        loss = self.task_loss(out, batch) if self.task_loss else getattr(out, 'loss', None)
+        if loss is None: raise ValueError(f'the teacher gave no loss for {list(batch)}; add labels, or pass `task_loss` to Trajectory')
         loss.backward()
     self.micro += 1
     self._loss,self._seen = self._loss+loss.detach(),self._seen+1

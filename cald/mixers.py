@@ -6,8 +6,8 @@
 __all__ = ['padding_mask', 'additive', 'zero_pads', 'reverse_padded', 'wide', 'full_precision', 'kernels', 'backend',
            'ssd_recurrence', 'decay', 'even_chunks', 'into_chunks', 'within_chunks', 'chunk_states', 'carry',
            'read_states', 'ssd', 'selective_scan_recurrence', 'selective_scan', 'causal_conv', 'RMSNormGated',
-           'start_dt', 'undecayed', 'MixerState', 'Recurrent', 'pick', 'Mamba2', 'Mamba', 'Bidirectional', 'mix_rows',
-           'linformer_attention', 'LinformerProjection']
+           'start_dt', 'undecayed', 'MixerState', 'Recurrent', 'gapped', 'tokens_first', 'pick', 'Mamba2', 'Mamba',
+           'Bidirectional', 'mix_rows', 'linformer_attention', 'LinformerProjection']
 
 # %% ../nbs/00_mixers.ipynb #474c357b
 import functools,logging,math
@@ -296,13 +296,20 @@ class Recurrent(nn.Module):
                 mask:Tensor=None, # (batch, length), True at tokens
                 state:MixerState=None, # what came before; None if nothing did and nothing will follow
                )->Tensor: # as `x`, zeros at pads; with `state` a pair of this and the state after `x`
-        if state is None: return self.mix(x, mask)[0]
-        if mask is None or x.shape[1]==1: y,state = self.mix(x, mask, state)
-        else:
-            order = (~mask).int().argsort(dim=1, stable=True) # tokens first
-            y,state = self.mix(pick(x, order), mask.gather(1, order), state)
+        if gapped(mask) if state is None else mask is not None and x.shape[1]>1:
+            order = tokens_first(mask)
+            y,after = self.mix(pick(x, order), mask.gather(1, order), state)
             y = pick(y, order.argsort(dim=1))
-        return y,MixerState(*(t.clone() for t in state)) # a slice would keep all that it was cut from
+        else: y,after = self.mix(x, mask, state)
+        return y if state is None else (y,MixerState(*(t.clone() for t in after))) # a slice would keep all that it was cut from
+
+def gapped(mask)->bool: # (batch, length), True at tokens; or None
+    "Do pads stand between the tokens of a sample, as in a chat that goes on after one of its texts has ended?"
+    return mask is not None and bool(((mask[:,1:]&~mask[:,:-1]).sum(1)+mask[:,0]>1).any())
+
+def tokens_first(mask:Tensor)->Tensor: # (batch, length) -> (batch, length)
+    "The order that puts the pads of each sample behind its tokens"
+    return (~mask).int().argsort(dim=1, stable=True)
 
 def pick(x:Tensor, order:Tensor)->Tensor: # (batch, length, d), (batch, length) -> (batch, length, d)
     "The rows `order` of each sample"
@@ -401,6 +408,9 @@ class Bidirectional(nn.Module):
         self.fw,self.bw,self.residual = make(),make(),residual
 
     def forward(self, x:Tensor, mask:Tensor=None)->Tensor: # (batch, length, d_model), (batch, length) -> (batch, length, d_model)
+        if gapped(mask):
+            order = tokens_first(mask)
+            return pick(self(pick(x, order), mask.gather(1, order)), order.argsort(dim=1))
         y = self.fw(x, mask) + reverse_padded(self.bw(reverse_padded(x, mask), mask), mask)
         return y + zero_pads(x, mask) if self.residual else y
 

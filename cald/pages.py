@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['formula', 'draw_formulas', 'page', 'exporter', 'notebook_page', 'frame', 'markdown', 'result_section', 'first_page',
-           'write_report', 'linked']
+           'write_report', 'is_report', 'linked']
 
 # %% ../nbs/07c_pages.ipynb #a3c0c10c
 import base64,html,io,os,re,shutil
@@ -120,6 +120,8 @@ def write_report(to=None, folder=None, store=None, artefacts=None)->Path:
     "Write the report on results in `folder` to folder `to`, and return its first page"
     root,folder = tree(),Path(folder or out_folder('', 'demo'))
     to,store,artefacts = Path(to or (store or Store()).root/'report'),store or Store(),ARTEFACTS if artefacts is None else artefacts
+    if to.exists() and any(to.iterdir()) and not is_report(to): raise ValueError(f'{to} has other files: give an empty or new folder, or that of an earlier report')
+    if to.absolute() in (Path(folder).absolute(), *Path(folder).absolute().parents): raise ValueError(f'{to} holds the results that the report is to show: give another folder')
     for d in ('notebooks','results','cards'): shutil.rmtree(to/d, ignore_errors=True); (to/d).mkdir(parents=True)
     files = sorted((root/'nbs').glob('*.ipynb'))
     names = {f.name for f in files}
@@ -129,6 +131,11 @@ def write_report(to=None, folder=None, store=None, artefacts=None)->Path:
     write_atomic(to/'index.html', text)
     return to/'index.html'
 
+def is_report(folder)->bool:
+    "Has an earlier report been written to `folder`?"
+    f = Path(folder)/'index.html'
+    return f.is_file() and '<title>cald: report</title>' in f.read_text(encoding='utf-8', errors='replace')
+
 def linked(text:str, base, to)->str:
     "Page `text` with the files that it names, relative to folder `base`, copied to folder `to` and the folders below it"
     def one(m):
@@ -137,4 +144,4 @@ def linked(text:str, base, to)->str:
         (Path(to)/name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(f, Path(to)/name)
         return f'{m[1]}="{name}"'
-    return re.sub(r'(src|href)="((?!data:|[a-z]+:|#)[^"#]+)"', one, text)
+    return re.sub(r'(<[a-z][^<>]*?\b(?:src|href))="((?!data:|[a-z]+:|#)[^"#]+)"', one, text) # in tags: code may speak of links, too

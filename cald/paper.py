@@ -252,6 +252,9 @@ def main(argv=None)->int:
         if argv and not argv[0].startswith('-'): check_name(argv[0], known, 'command')
         o = p.parse_args(argv)
         if getattr(o, 'seeds', 1)<1: raise ValueError('--seeds must be at least 1')
+        for n in ('workers','price'):
+            if (getattr(o, n, None) or 0)<0: raise ValueError(f'--{n} cannot be negative')
+        if o.command!='reproduce' and getattr(o, 'out', None) and not Path(o.out).is_dir(): raise FileNotFoundError(f'--out: {o.out} is no folder')
         checkout()
         o.fn(o)
     except RuntimeError as e: print(f'cald: {e}', file=sys.stderr); return 1

@@ -6,9 +6,10 @@
 __all__ = ['Interval', 'STATS', 'estimate', 'say', 'tell_stale', 'begin', 'agree', 'can_start', 'longest_first', 'train_missing',
            'default_workers', 'helpers', 'mean_ci', 'summarise', 'wide', 'to_markdown', 'unplaced', 'distinct',
            'provenance', 'objection', 'write_result', 'write_table', 'write_figure', 'compare_with_committed',
-           'check_parameters', 'paper_numbers', 'write_readme', 'SCALES', 'SETTINGS', 'scale_settings', 'settings',
-           'default_scale', 'Cell', 'cell', 'grid', 'key', 'fingerprint', 'Run', 'Store', 'digest', 'hash_files',
-           'check_name', 'write_atomic', 'write_json', 'read_json', 'runs_folder', 'cache_folder', 'out_folder']
+           'check_parameters', 'out_of_range', 'paper_numbers', 'write_readme', 'SCALES', 'SETTINGS', 'scale_settings',
+           'settings', 'default_scale', 'Cell', 'cell', 'grid', 'key', 'fingerprint', 'Run', 'Store', 'digest',
+           'hash_files', 'check_name', 'write_atomic', 'write_json', 'read_json', 'runs_folder', 'cache_folder',
+           'out_folder']
 
 # %% ../nbs/03b_runs.ipynb #1b1ea97f
 import hashlib, importlib.resources, io, json, math, os, re, subprocess, sys, time, typing
@@ -288,7 +289,19 @@ def check_parameters(ns,
             hint = f", as in papermill -y '{k}: [0, 1]'" if (typing.get_origin(t) or t) is list else ''
             name = t if typing.get_args(t) else t.__name__
             raise ValueError(f'parameter {k} must be {name}{hint}; it is {type(ns[k]).__name__} {ns[k]!r}')
+        if p := out_of_range(k, ns[k]): raise ValueError(f'parameter {k} is {ns[k]!r}: {p}')
     return {k:ns[k] for k in known}
+
+def out_of_range(name:str, v)->str:
+    "What is wrong with the value `v` of a notebook's parameter, whose type is right; '' if nothing is"
+    if name=='scale' and v not in SCALES: return f'known are {", ".join(SCALES)}'
+    if name in ('seeds','tasks','modes','budgets','questions','families') and not v: return 'give one at least'
+    if name=='seeds' and (len(set(v))<len(v) or min(v)<0): return 'give different ones, from 0 on'
+    if isinstance(v, (int,float)) and v<(-1 if name=='train_rows' else 0): return 'it cannot be negative'
+    if name in ('out','runs') and v: # the folder, or the nearest one above it that is there
+        at = next(p for p in (Path(v).absolute(), *Path(v).absolute().parents) if p.exists())
+        if not at.is_dir() or not os.access(at, os.W_OK): return f'nothing can be written to {at}'
+    return ''
 
 # %% ../nbs/03b_runs.ipynb #ef7c203a
 def paper_numbers(table=None)->pd.DataFrame:

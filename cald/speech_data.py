@@ -6,10 +6,10 @@
 __all__ = ['COLUMNS', 'NUMBERS', 'SPLITS', 'GENERATOR', 'VOCAB', 'load_audio', 'ManifestError', 'manifest', 'parse_json',
            'read_rows', 'split_at_random', 'read_manifest', 'write_manifest', 'corpus_parameters', 'fill_folder',
            'generate', 'data_hash', 'cnn_frames', 'needed_frames', 'audio_problem', 'text_problem', 'label_problem',
-           'row_problem', 'say_problems', 'check_manifest']
+           'manifest_of', 'row_problem', 'say_problems', 'check_manifest']
 
 # %% ../nbs/05a_speech_data.ipynb #85871f01
-import csv,gzip,hashlib,json,os
+import csv,gzip,hashlib,json,os,zlib
 from collections.abc import Callable
 from dataclasses import astuple
 from pathlib import Path
@@ -70,9 +70,11 @@ def read_rows(path)->list:
     kind = path.name.removesuffix('.gz').rpartition('.')[2].lower()
     if kind not in ('tsv','csv','jsonl'): raise ManifestError(f"{path}: a manifest is a .tsv, .csv or .jsonl file (or .gz of one)")
     if not path.is_file(): raise ManifestError(f"{path}: no such file")
-    with (gzip.open if path.suffix=='.gz' else open)(path, 'rt', encoding='utf-8-sig', newline='' if kind=='csv' else None) as f:
-        if kind=='jsonl': return [parse_json(path, i, line) for i,line in enumerate(f, 1) if line.strip()]
-        rows = list(csv.reader(f) if kind=='csv' else csv.reader(f, delimiter='\t', quoting=csv.QUOTE_NONE))
+    try:
+        with (gzip.open if path.suffix=='.gz' else open)(path, 'rt', encoding='utf-8-sig', newline='' if kind=='csv' else None) as f:
+            if kind=='jsonl': return [parse_json(path, i, line) for i,line in enumerate(f, 1) if line.strip()]
+            rows = list(csv.reader(f) if kind=='csv' else csv.reader(f, delimiter='\t', quoting=csv.QUOTE_NONE))
+    except (UnicodeDecodeError,EOFError,gzip.BadGzipFile,zlib.error) as e: raise ManifestError(f'{path} cannot be read as UTF-8 text ({e})') from None
     if not rows: raise ManifestError(f"{path} is empty")
     for i,r in enumerate(rows, 1):
         if r and len(r)!=len(rows[0]): raise ManifestError(f"{path}, row {i}: {len(r)} columns, but the header has {len(rows[0])}")
@@ -220,6 +222,10 @@ def label_problem(r, labels:dict): # column -> allowed values
         if v not in known: return f'unknown {c} {v!r}' if v else f'no {c}'
 
 # %% ../nbs/05a_speech_data.ipynb #46f6b1d9
+def manifest_of(df)->str:
+    "The file that the rows of `df` come from"
+    return df['where'].iloc[0].rpartition(', row')[0]
+
 def row_problem(r, task:str, labels:dict, vocab, frames:Callable, read:bool)->tuple: # what is wrong or None, samples
     "What is wrong with row `r` of a manifest"
     p,n = audio_problem(r, read)
@@ -246,7 +252,10 @@ def check_manifest(df:pd.DataFrame,
     columns = dict(asr=[], intent=['scenario','action'], speaker=['speaker'])
     if task not in columns: raise ValueError(f"Unknown task {task!r}: known are {', '.join(columns)}")
     columns = [c for c in columns[task] if c!='action' or any(df.action)] # intents may have one part only
-    labels = {c: set(df[c][df.split=='train'])-{''} for c in columns} if labels is None else labels
+    if labels is None:
+        labels = {c: set(df[c][df.split=='train'])-{''} for c in columns}
+        if labels and all(len(v)==1 for v in labels.values()):
+            raise ManifestError(f"{manifest_of(df)}: all training rows are {' '.join(v for one in labels.values() for v in one)!r}; the task {task} needs two classes at least")
     unheard = {s.removesuffix('_seen') for s in set(df.split) if s.endswith('_seen')} if task=='speaker' else set()
     found = [row_problem(r, task, {} if r.split in unheard else labels, vocab, frames, read) for r in df.itertuples()]
     df = df.assign(seconds=[n/RATE for _,n in found], problem=[p for p,_ in found])

@@ -27,7 +27,7 @@ from .runs import check_name,digest,hash_files,write_atomic
 from .experiment import Task
 from .pretrained import find_source,load_pretrained
 from .sources import front_end,standardise
-from .speech_data import check_manifest,cnn_frames,data_hash,generate,load_audio,read_manifest
+from .speech_data import SPLITS,ManifestError,check_manifest,cnn_frames,data_hash,generate,load_audio,manifest_of,read_manifest
 from .voices import RATE
 
 # %% ../nbs/05c_speech_tasks.ipynb #b589d9a8
@@ -264,12 +264,14 @@ def make_corpus(df, task:str, source:str, cache, # folder where frames are kept
                )->Corpus:
     "The `Corpus` of manifest `df` for `task`; frames come from the cache when they are there"
     path,use = Path(find_source(source)),TASKS[task].splits(df)
-    df = df[df.split.isin({s for t in TASKS.values() for s in t.splits(df)})]
+    df = df[df.split.isin({s for t in TASKS.values() for s in t.splits(df)}) | ~df.split.isin(SPLITS.values())] # a split that nobody knows is a mistake to be told
     hash = digest([data_hash(df), hash_files(*sorted(set(df.audio[df.audio.map(os.path.isfile)])), *path.glob('*.safetensors')), '' if path.exists() else source])
     seen = Path(cache)/f'checked-{task}-{hash[:16]}'                 # every sample was looked at, and all was well
-    _,left = check_manifest(df[df.split.isin(use)], task, vocab=set(CHARS.replace('|', ' ')), drop=drop,
+    _,left = check_manifest(df[df.split.isin(use) | ~df.split.isin(SPLITS.values())], task, vocab=set(CHARS.replace('|', ' ')), drop=drop,
                             frames=frame_count(AutoConfig.from_pretrained(path)), read=not seen.exists())
     df = df.drop(left.index)
+    if lack := [s for s in use if not (df.split==s).any()]:
+        raise ManifestError(f"{manifest_of(df)}: no rows of the split {' or '.join(lack)}, which the task {task} needs; there are {', '.join(sorted(set(df.split)))}")
     if len(left): hash = digest([hash, list(df.index)])
     else: write_atomic(seen, '')
     if not keep: return Corpus(*read_audio(df), hash, left)

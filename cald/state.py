@@ -99,7 +99,8 @@ def write_manifest(folder):
 def what_is_wrong(folder)->str:
     "Why the checkpoint in `folder` is not complete; empty when it is"
     folder = Path(folder)
-    if not (folder/MANIFEST).is_file(): return f'it has no {MANIFEST}, so its writing was interrupted'
+    if not folder.is_dir(): return 'there is no such folder'
+    if not (folder/MANIFEST).is_file(): return f'it has no {MANIFEST}: its writing was interrupted, or no Distiller wrote it'
     try: sizes = json.loads((folder/MANIFEST).read_text())
     except json.JSONDecodeError as e: return f'{MANIFEST} cannot be read ({e})'
     for name,size in sizes.items():
@@ -108,23 +109,6 @@ def what_is_wrong(folder)->str:
     return ''
 
 # %% ../nbs/01a_state.ipynb #013a0a60
-def checkpoints(folder)->list:
-    "The checkpoint folders in `folder`, oldest step first, complete or not"
-    found = [(p.name.split('-')[-1],p) for p in Path(folder).glob('checkpoint-*') if p.is_dir()]
-    return [p for n,p in sorted(((int(n),p) for n,p in found if n.isdigit()))]
-
-def last_checkpoint(folder):
-    "The newest complete checkpoint in `folder`, or None; incomplete ones are passed over with a message"
-    for p in reversed(checkpoints(folder)):
-        if not (why := what_is_wrong(p)): return p
-        _log.warning(f'{p} is passed over: {why}')
-
-def delete_checkpoint(folder):
-    "Delete the checkpoint in `folder`, its manifest first"
-    (Path(folder)/MANIFEST).unlink(missing_ok=True)
-    shutil.rmtree(folder)
-
-# %% ../nbs/01a_state.ipynb #79b25fe4
 def checkpoints(folder)->list:
     "The checkpoint folders in `folder`, oldest step first, complete or not"
     found = [(p.name.split('-')[-1],p) for p in Path(folder).glob('checkpoint-*') if p.is_dir()]

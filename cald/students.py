@@ -53,7 +53,7 @@ class Mixed(nn.Module):
 
 def packed(mask)->bool:
     "Does `mask` (batch, heads, queries, keys) keep tokens from the last one that others may see, as when one row holds several texts?"
-    return mask is not None and mask.ndim==4 and not torch.equal(mask.diagonal(dim1=2, dim2=3), mask[:,:,-1])
+    return isinstance(mask, torch.Tensor) and mask.ndim==4 and not torch.equal(mask.diagonal(dim1=2, dim2=3), mask[:,:,-1])
 
 # %% ../nbs/00b_students.ipynb #a3548f3c
 class MixedLinformer(Mixed):
@@ -116,6 +116,9 @@ def mixer_args(to:str, family:Family, config, # of the model
     args = {**_known(to, family, config), **given}
     if bad := args.keys()-_known(to, family, config).keys():
         raise TypeError(f'{to} for {family.name} has no argument {min(bad)!r}; known: {", ".join(_known(to, family, config)) or "none"}')
+    for n in args.keys()&{'d_state','d_conv','expand','headdim','ngroups','chunk','dt_rank','k','max_length'}:
+        v,what = args[n],'a number above 0' if n=='expand' else 'a whole number from 1 on'
+        if v not in (None,'auto') and (not isinstance(v, (int,float) if n=='expand' else int) or isinstance(v, bool) or v<=0): raise ValueError(f'{n}={v!r}: give {what}')
     if to=='mamba2' and 'headdim' not in given: args['headdim'] = fit_headdim(int(args['expand']*config.hidden_size))
     if to=='linformer' and args['max_length'] is None:
         raise TypeError(f'linformer for {family.name} needs max_length, the longest input in positions of the encoder')

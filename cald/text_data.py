@@ -282,5 +282,6 @@ def read_text_task(path,             # a file, a folder, 'hub', or '' for the st
         if raw.label.isna().all(): raise TextError(f"{path}: no column {' or '.join(LABELS)}")
         df,name = check_rows(raw, task, path, seed, drop),path.name
     df = limit(df, max_train, max_eval, seed)[COLUMNS].reset_index(drop=True)
+    if max_train and (lost := set(df.label)-set(df.label[df.split=='train'])): raise ValueError(f'max_train={max_train} leaves no training example of {", ".join(sorted(map(str, lost)))}: give more')
     df.attrs = dict(data=name, hash=text_hash(df))
     return df

@@ -150,7 +150,7 @@ def read_lm(path,             # '' for the offline text; a .txt or .jsonl file o
     else:
         path = Path(path).expanduser()
         if not path.exists(): raise FileNotFoundError(f'text for the language model: {path} does not exist')
-        if path.suffix in ('.bin','.idx') or path.is_dir() and any(path.glob('*.idx')): return Tokens(path)
+        if path.suffix in ('.bin','.idx') or path.is_dir() and any(p.suffix in ('.bin','.idx') for p in path.iterdir()): return Tokens(path)
         found = [p for p in sorted(path.iterdir()) if re.search(r'\.(txt|jsonl)(\.gz)?$', p.name)] if path.is_dir() else [path]
         if not found: raise TextError(f'{path}: no .txt or .jsonl files there')
         df,name = lm_splits([(t,w,split_name(p) if len(found)>1 else '') for p in found for t,w in lm_documents(p)], path, seed),path.name

@@ -2,7 +2,7 @@
 import json, os, re, shutil, signal, subprocess, sys, time
 from pathlib import Path
 import psutil, pytest
-from cald.artefacts import ARTEFACTS, Artefact, defaults, filled, judge, module_hash, stamp, status
+from cald.artefacts import ARTEFACTS, SAME, Artefact, cells_hash, defaults, filled, judge, module_hash, stamp, status
 from cald.paper import main, reproduce
 from cald.runs import unplaced
 from cald.store import write_json
@@ -55,6 +55,13 @@ def test_other_code_makes_exactly_the_tables_stale_that_depend_on_it(fresh):
     for f in (fresh/'cald').glob('*.py'): change(f, '\n# a comment\n')
     assert not stale(fresh/'fresh')
     assert 'text_data' not in next(a for a in here if a.name=='table3').modules.split()
+
+def test_changes_that_make_no_difference_are_of_this_tree_and_of_a_record():
+    records = [json.loads(f.read_text()) for f in (root/'paper_figures').glob('**/*.json')]
+    was = {h for p in records for s in p['code'] for h in s.values()} | {h for p in records if 'made_from' in p for h in (*p['made_from']['modules'].values(), p['made_from']['cells'])}
+    for s in SAME:
+        now = module_hash(s.name) or cells_hash(root/'nbs'/f'{s.name}.ipynb')
+        assert now.startswith(s.now) and any(str(h).startswith(s.was) for h in was), f'{s.name}: not of this tree, or of no record'
 
 def test_other_cells_make_the_tables_of_that_notebook_stale(fresh):
     def add(f, **cell):
@@ -165,6 +172,18 @@ watch = """<script>window.addEventListener('load', () => { const bad = [...docum
 document.body.setAttribute('data-images', document.images.length); document.body.setAttribute('data-broken', bad.map(i => i.src.slice(0, 80)).join(' ')); });</script>"""
 
 @pytest.mark.skipif(not browser, reason='no Chromium on this system')
+def test_a_report_leaves_alone_what_it_did_not_write(tmp_path, capsys):
+    mine,shown = tmp_path/'results'/'mine.csv',tmp_path/'shown'
+    mine.parent.mkdir(); mine.write_text('mine'); shown.mkdir()
+    assert main(['report','--to',str(tmp_path)])==2 and 'has other files' in capsys.readouterr().err
+    assert main(['report','--to',str(shown),'--out',str(shown)])==2 and 'give another folder' in capsys.readouterr().err
+    assert mine.read_text()=='mine'
+
+def test_numbers_and_folders_that_cannot_be_are_told(tmp_path, capsys):
+    for args,says in [('reproduce table3 -n --workers -1','--workers cannot be negative'), ('reproduce table3 -n --price -1','--price cannot be negative'),
+                      (f'status --out {tmp_path}/nowhere','is no folder'), (f'compare --out {tmp_path}/nowhere','is no folder')]:
+        assert main(args.split())==2 and says in capsys.readouterr().err, args
+
 def test_the_report_opens_in_a_browser_and_shows_every_figure(copy):
     r = cald('report', '--to', 'report', cwd=copy)
     assert r.returncode==0, r.stderr

@@ -182,6 +182,12 @@ def test_manifests_name_file_and_row(tone, kind):
     assert f'{path}, row {len(lines)} (gone.wav): no such file' in str(e.value) and 'drop=True' in str(e.value)
     assert len(e.value.problems)==1
 
+@pytest.mark.parametrize('name,content', [('latin.tsv','audio\ttext\na.wav\tcafé\n'.encode('latin-1')), ('wide.tsv','audio\ttext\n'.encode('utf-16')), ('not.tsv.gz',b'audio\ttext\n'),
+                                          ('half.tsv.gz',gzip.compress(b'audio\ttext\n'*9)[:-9])])
+def test_a_manifest_that_is_no_text_is_named(tone, name, content):
+    (tone/name).write_bytes(content)
+    with pytest.raises(ManifestError, match=f'{name} cannot be read as UTF-8 text'): read_manifest(tone/name)
+
 def test_manifest_round_trip(tone):
     df = manifest([dict(id='a', audio=tone/'ok.wav', text="what's up", speaker='é', split='train', start=.1, stop=1/3)])
     write_manifest(df, tone/'sub.tsv')

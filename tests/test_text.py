@@ -172,6 +172,15 @@ def test_imdb_is_read_as_it_lies(cache):
     assert not set(df.text[df.split!='test'])&set(df.text[df.split=='test']) and not set(df.text[df.split=='dev'])&set(df.text[df.split=='train'])
     assert abs((df.label[df.split=='dev']=='1').mean()-.5)<.02
 
+def test_too_few_training_rows_for_the_classes_are_told(tmp_path, cache):
+    (tmp_path/'own.tsv').write_text('sentence\tlabel\n'+''.join(f'sentence {i}\t{i%3}\n' for i in range(90)))
+    assert set(read_text_task(tmp_path/'own.tsv', 'sst2', cache).label)=={'0','1','2'}
+    with pytest.raises(ValueError, match='max_train=2 leaves no training example of [012]: give more'): read_text_task(tmp_path/'own.tsv', 'sst2', cache, max_train=2)
+
+def test_tokens_without_their_index_are_told(tmp_path, cache):
+    (tmp_path/'own.bin').write_bytes(b'1234')
+    with pytest.raises(TextError, match='0 .idx files where one is needed'): read_lm(tmp_path, cache)
+
 def test_real_text_for_language_models(cache):
     df = read_lm(data_folder('tinyshakespeare')/'input.txt', cache)
     n = df.text.str.len().groupby(df.split).sum()
