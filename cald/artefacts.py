@@ -196,9 +196,9 @@ SAME = [
     Same('guidance', 'a4ca79525868', 'eb3a1695b7b7', 'errors for outputs that are not alike, and for a teacher without a loss'),
     Same('distill', '6551ed67be9e', 'e24de88ed84f', 'errors for arguments that were not heard'),
     Same('text_data', 'e40050a2bd48', 'c2f76065f1a5', 'an error for too few training rows'),
-    Same('tokens', '2939c53ef62b', '2876a98d91b8', 'an error for tokens without an index'),
+    Same('tokens', '2939c53ef62b', '69080b48f0c6', 'documents may name their split; an error for tokens without an index'),
     Same('speech_tasks', 'ace98afa0e47', '9659ad73e299', 'errors for splits that are unknown or missing'),
-    Same('speech_data', '0b9cd344b8b7', '994f1d98d221', 'errors for manifests of one class, or that are no text'),
+    Same('speech_data', '0b9cd344b8b7', 'de74d1815a32', 'errors for manifests of one class, or that are no text'),
     Same('04a_nlp', '05e5ad3c3702', 'a136b47af7fb', 'the note says which tasks are stand-ins'),
     Same('04b_lm', 'b98e862c3569', '1cfd97087ea9', 'lm-eval is missed before the first training'),
     Same('05_speech', '1f67793fecf5', 'baca27e08c2b', 'the note says which tasks are stand-ins; other names for results of other steps or sources')]

@@ -122,6 +122,7 @@ def write_report(to=None, folder=None, store=None, artefacts=None)->Path:
     to,store,artefacts = Path(to or (store or Store()).root/'report'),store or Store(),ARTEFACTS if artefacts is None else artefacts
     if to.exists() and any(to.iterdir()) and not is_report(to): raise ValueError(f'{to} has other files: give an empty or new folder, or that of an earlier report')
     if to.absolute() in (Path(folder).absolute(), *Path(folder).absolute().parents): raise ValueError(f'{to} holds the results that the report is to show: give another folder')
+    write_atomic(to/'index.html', page('cald: report', '<p>This report is being written.</p>')) # so that one that is cut short counts as a report
     for d in ('notebooks','results','cards'): shutil.rmtree(to/d, ignore_errors=True); (to/d).mkdir(parents=True)
     files = sorted((root/'nbs').glob('*.ipynb'))
     names = {f.name for f in files}

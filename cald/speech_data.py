@@ -224,7 +224,8 @@ def label_problem(r, labels:dict): # column -> allowed values
 # %% ../nbs/05a_speech_data.ipynb #46f6b1d9
 def manifest_of(df)->str:
     "The file that the rows of `df` come from"
-    return df['where'].iloc[0].rpartition(', row')[0]
+    at = df['where'].iloc[0]
+    return at.rpartition(', ')[0] or at
 
 def row_problem(r, task:str, labels:dict, vocab, frames:Callable, read:bool)->tuple: # what is wrong or None, samples
     "What is wrong with row `r` of a manifest"

@@ -18,17 +18,18 @@ from .text import documents,read_docs,PACKAGES,SMALL
 from .text_data import SPLITS,TextError,make_splits,read_rows,read_text,text_hash
 
 # %% ../nbs/04g_tokens.ipynb #2bac9ded
-def lm_documents(path)->list: # (text, where)
-    "The documents of a text file: all of a .txt file, each line of a .jsonl file"
+def lm_documents(path)->list: # (text, where, split or '')
+    "The documents of a text file: all of a .txt file, each line of a .jsonl file, which may name its `split`"
     kind = path.name.lower().removesuffix('.gz').rpartition('.')[2]
-    if kind=='txt': return [(read_text(path),str(path))]
+    if kind=='txt': return [(read_text(path),str(path),'')]
     rows = read_rows(path) if kind=='jsonl' else []
     if not rows: raise TextError(f'{path}: text is read from .txt and .jsonl files (or .gz of one)')
     for r in rows:
         if 'problem' not in r and not isinstance(r.get('text'), str): r['problem'] = 'no `text`, or it is not a string'
         if 'problem' not in r and not r['text'].strip(): r['problem'] = '`text` is empty'
+        if 'problem' not in r and str(r.get('split') or 'train').lower() not in SPLITS: r['problem'] = f"unknown split {r['split']!r}"
         if 'problem' in r: raise TextError(f"{r['where']}: {r['problem']}")
-    return [(r['text'],r['where']) for r in rows]
+    return [(r['text'],r['where'],SPLITS.get(str(r.get('split') or '').lower(), '')) for r in rows]
 
 def cut(text:str, shares=(.9,.95))->list:
     "`text` in three parts, cut at ends of lines (or, without any, of words) near the `shares` of its length"
@@ -153,7 +154,7 @@ def read_lm(path,             # '' for the offline text; a .txt or .jsonl file o
         if path.suffix in ('.bin','.idx') or path.is_dir() and any(p.suffix in ('.bin','.idx') for p in path.iterdir()): return Tokens(path)
         found = [p for p in sorted(path.iterdir()) if re.search(r'\.(txt|jsonl)(\.gz)?$', p.name)] if path.is_dir() else [path]
         if not found: raise TextError(f'{path}: no .txt or .jsonl files there')
-        df,name = lm_splits([(t,w,split_name(p) if len(found)>1 else '') for p in found for t,w in lm_documents(p)], path, seed),path.name
+        df,name = lm_splits([(t,w,s or (split_name(p) if len(found)>1 else '')) for p in found for t,w,s in lm_documents(p)], path, seed),path.name
     df = df[['text','split']].reset_index(drop=True)
     df.attrs = dict(data=name, hash=text_hash(df.assign(text_b='', label='')))
     return df

@@ -177,6 +177,16 @@ def test_too_few_training_rows_for_the_classes_are_told(tmp_path, cache):
     assert set(read_text_task(tmp_path/'own.tsv', 'sst2', cache).label)=={'0','1','2'}
     with pytest.raises(ValueError, match='max_train=2 leaves no training example of [012]: give more'): read_text_task(tmp_path/'own.tsv', 'sst2', cache, max_train=2)
 
+def test_documents_may_name_their_split(tmp_path, cache):
+    def write(name, splits): (tmp_path/name).write_text(''.join(json.dumps(dict(text=f'document {i}, of {s}', split=s))+'\n' for i,s in enumerate(splits)))
+    write('own.jsonl', 40*['train']+30*['validation','Test'])
+    df = read_lm(tmp_path/'own.jsonl', cache)
+    assert sizes(df)==dict(train=40, dev=30, test=30) and df.text[df.split=='test'].str.endswith('Test').all()
+    write('odd.jsonl', 40*['train']+['tset'])
+    with pytest.raises(TextError, match="odd.jsonl, row 41: unknown split 'tset'"): read_lm(tmp_path/'odd.jsonl', cache)
+    write('some.jsonl', 40*['train']+[None])
+    with pytest.raises(TextError, match='which split does it belong to'): read_lm(tmp_path/'some.jsonl', cache)
+
 def test_tokens_without_their_index_are_told(tmp_path, cache):
     (tmp_path/'own.bin').write_bytes(b'1234')
     with pytest.raises(TextError, match='0 .idx files where one is needed'): read_lm(tmp_path, cache)
