@@ -219,10 +219,7 @@ def other_params(a, prov:dict)->list:
 
 def other_code(a, prov:dict)->list:
     "The modules whose code is no longer what its trainings had"
-    def differs(m, was):
-        name = m.rpartition('.')[2]
-        return not unchanged(a, name, was, module_hash(name))
-    return sorted({m for s in prov['code'] for m,h in s.items() if differs(m, h)})
+    return sorted({m for s in prov['code'] for m,h in s.items() if not unchanged(a, name := m.rpartition('.')[2], h, module_hash(name))})
 
 # %% ../nbs/07a_artefacts.ipynb #ecf61111
 def other_inputs(a, prov:dict)->list:
