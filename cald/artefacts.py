@@ -188,20 +188,21 @@ class Same:
     results:str=''  # those it is true of; '' is all
 
 SAME = [
-    Same('mixers', '241184bd623c', '8559ec1965c3', 'pads between tokens, which no batch of these has'),
+    Same('mixers', '241184bd623c', '0f336faf31fb', 'pads between tokens, which no batch of these has; adapters of Mamba'),
     Same('students', '0ac597f3cc10', '6c828225eed5', 'errors for arguments of mixers, and for a BlockMask'),
     Same('convert', '410b4a40a2aa', '57a14136f375', 'errors for `layers`'),
     Same('ablation', '0b083807fd48', '2931e14cd013', 'RMSNorm, tied weights and models of which some layers are converted: none of them here'),
     Same('state', 'ec47dc81a026', '0c7310ff36b5', 'a definition that was there twice; an error in other words'),
     Same('guidance', 'a4ca79525868', 'eb3a1695b7b7', 'errors for outputs that are not alike, and for a teacher without a loss'),
     Same('distill', '6551ed67be9e', 'e24de88ed84f', 'errors for arguments that were not heard'),
-    Same('text_data', 'e40050a2bd48', 'c2f76065f1a5', 'an error for too few training rows'),
+    Same('text_data', 'e40050a2bd48', '07317ff6d149', 'errors for too few training rows, quotation marks, and `files` of a file'),
     Same('tokens', '2939c53ef62b', '69080b48f0c6', 'documents may name their split; an error for tokens without an index'),
     Same('speech_tasks', 'ace98afa0e47', '9659ad73e299', 'errors for splits that are unknown or missing'),
-    Same('speech_data', '0b9cd344b8b7', 'de74d1815a32', 'errors for manifests of one class, or that are no text'),
+    Same('speech_data', '0b9cd344b8b7', '1208e47528bc', 'errors for manifests of one class, that are no text, or with one recording in two splits'),
     Same('04a_nlp', '05e5ad3c3702', 'a136b47af7fb', 'the note says which tasks are stand-ins'),
     Same('04b_lm', 'b98e862c3569', '1cfd97087ea9', 'lm-eval is missed before the first training'),
-    Same('05_speech', '1f67793fecf5', 'baca27e08c2b', 'the note says which tasks are stand-ins; other names for results of other steps or sources')]
+    Same('05_speech', '1f67793fecf5', 'baca27e08c2b', 'the note says which tasks are stand-ins; other names for results of other steps or sources'),
+    Same('06c_questions', '520b07ad021b', '010fcdd40736', 'an error for an unknown question')]
 
 def unchanged(a, name:str, was, now)->bool:
     "Is `now` the hash that `name` had when `a` was made, or that of a version that makes no difference to `a`?"

@@ -392,7 +392,9 @@ class Mamba(Recurrent):
         u,conv = causal_conv(u, self.conv1d.weight, self.conv1d.bias, conv, None if state is None else mask)
         u = F.silu(u)
         dt,B,C = self.x_proj(u).split([self.dt_rank, self.d_state, self.d_state], -1)
-        dt = zero_pads(F.softplus(wide(F.linear(dt, self.dt_proj.weight))+wide(self.dt_proj.bias)), mask) # dt = 0 leaves the state as it is
+        plain = type(self.dt_proj) is nn.Linear                             # then its bias is added in full precision; an adapter in its place is called
+        dt = wide(F.linear(dt, self.dt_proj.weight))+wide(self.dt_proj.bias) if plain else wide(self.dt_proj(dt))
+        dt = zero_pads(F.softplus(dt), mask)                                # dt = 0 leaves the state as it is
         args = u,dt,-wide(self.A_log).exp(),B,C,self.D,S
         if state and x.shape[1]==1: y,S = selective_scan_recurrence(*args)
         else: y,S = selective_scan(*args, chunk=self.chunk)

@@ -6,7 +6,7 @@
 __all__ = ['COLUMNS', 'NUMBERS', 'SPLITS', 'GENERATOR', 'VOCAB', 'load_audio', 'ManifestError', 'manifest', 'parse_json',
            'read_rows', 'split_at_random', 'read_manifest', 'write_manifest', 'corpus_parameters', 'fill_folder',
            'generate', 'data_hash', 'cnn_frames', 'needed_frames', 'audio_problem', 'text_problem', 'label_problem',
-           'manifest_of', 'row_problem', 'say_problems', 'check_manifest']
+           'manifest_of', 'row_problem', 'heard_twice', 'say_problems', 'check_manifest']
 
 # %% ../nbs/05a_speech_data.ipynb #85871f01
 import csv,gzip,hashlib,json,os,zlib
@@ -73,7 +73,9 @@ def read_rows(path)->list:
     try:
         with (gzip.open if path.suffix=='.gz' else open)(path, 'rt', encoding='utf-8-sig', newline='' if kind=='csv' else None) as f:
             if kind=='jsonl': return [parse_json(path, i, line) for i,line in enumerate(f, 1) if line.strip()]
-            rows = list(csv.reader(f) if kind=='csv' else csv.reader(f, delimiter='\t', quoting=csv.QUOTE_NONE))
+            rows = []
+            for r in csv.reader(f, strict=True) if kind=='csv' else csv.reader(f, delimiter='\t', quoting=csv.QUOTE_NONE): rows.append(r)
+    except csv.Error as e: raise ManifestError(f'{path}, row {len(rows)+1}: its quotation marks do not match ({e})') from None
     except (UnicodeDecodeError,EOFError,gzip.BadGzipFile,zlib.error) as e: raise ManifestError(f'{path} cannot be read as UTF-8 text ({e})') from None
     if not rows: raise ManifestError(f"{path} is empty")
     for i,r in enumerate(rows, 1):
@@ -234,6 +236,12 @@ def row_problem(r, task:str, labels:dict, vocab, frames:Callable, read:bool)->tu
     if p is None: p = text_problem(r.text, n, vocab, frames) if task=='asr' else label_problem(r, labels)
     return p,n
 
+def heard_twice(df:pd.DataFrame)->list: # a problem for each row, or None
+    "Which rows of train and dev have the audio of a row of test"
+    key,tests = list(zip(df.audio, df.start.fillna(-1), df.stop.fillna(-1))),df.split.str.startswith('test')
+    test = {k: w for k,w,t in zip(key, df['where'], tests) if t}
+    return [f'in {s}, but also in test ({test[k]})' if k in test and not t else None for k,s,t in zip(key, df.split, tests)]
+
 def say_problems(bad:pd.DataFrame, n:int, task:str, show:int=5)->str:
     "The rows `bad` out of `n`, the first ones in full"
     lines = [f'  {r.where} ({Path(r.audio).name}): {r.problem}' for r in bad.head(show).itertuples()]
@@ -259,7 +267,7 @@ def check_manifest(df:pd.DataFrame,
             raise ManifestError(f"{manifest_of(df)}: all training rows are {' '.join(v for one in labels.values() for v in one)!r}; the task {task} needs two classes at least")
     unheard = {s.removesuffix('_seen') for s in set(df.split) if s.endswith('_seen')} if task=='speaker' else set()
     found = [row_problem(r, task, {} if r.split in unheard else labels, vocab, frames, read) for r in df.itertuples()]
-    df = df.assign(seconds=[n/RATE for _,n in found], problem=[p for p,_ in found])
+    df = df.assign(seconds=[n/RATE for _,n in found], problem=[p or twice for (p,_),twice in zip(found, heard_twice(df))])
     bad,kept = df[df.problem.notna()][['where','audio','problem']],df[df.problem.isna()].drop(columns='problem')
     if len(bad):
         text = say_problems(bad, len(df), task)

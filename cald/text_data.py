@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PAIRS', 'SINGLE', 'LABELS', 'ENDINGS', 'TASKS', 'SPLITS', 'SPLIT_FILE', 'GLUE', 'HUB', 'COLUMNS', 'TextError',
-           'read_text', 'json_row', 'read_rows', 'find_columns', 'strings', 'tidy', 'split_files', 'read_reviews',
-           'read_folder', 'read_hub', 'stratified', 'move', 'make_splits', 'late_problems', 'say_problems',
-           'check_rows', 'text_hash', 'limit', 'read_text_task']
+           'read_text', 'json_row', 'csv_rows', 'read_rows', 'find_columns', 'strings', 'tidy', 'split_files',
+           'read_reviews', 'read_folder', 'read_hub', 'stratified', 'move', 'make_splits', 'late_problems',
+           'say_problems', 'check_rows', 'text_hash', 'limit', 'read_text_task']
 
 # %% ../nbs/04c_text_data.ipynb #5ef31c0f
 import csv,gzip,hashlib,io,json,re,zlib
@@ -51,6 +51,14 @@ def json_row(where:str, line:str)->dict:
     except ValueError as e: return dict(where=where, problem=f'not JSON ({e})')
     return dict(row, where=where) if isinstance(row, dict) else dict(where=where, problem='not a JSON object')
 
+def csv_rows(path, text:str)->list: # lists of strings
+    "The records of comma-separated `text`; TextError for one whose quotation marks do not match"
+    rows = []
+    try:
+        for r in csv.reader(io.StringIO(text, newline=''), strict=True): rows.append(r)
+    except csv.Error as e: raise TextError(f'{path}, row {len(rows)+1}: its quotation marks do not match ({e})') from None
+    return rows
+
 def read_rows(path)->list: # dicts, each with `where` it stands, and perhaps a `problem`
     "The rows of a .tsv, .csv or .jsonl file, which may be compressed (.gz)"
     path = Path(path)
@@ -59,7 +67,7 @@ def read_rows(path)->list: # dicts, each with `where` it stands, and perhaps a `
     text = read_text(path)
     if kind=='jsonl': return [json_row(f'{path}, row {i}', l) for i,l in enumerate(text.split('\n'), 1) if l.strip()]
     csv.field_size_limit(2**31-1)
-    rows = list(csv.reader(io.StringIO(text, newline=''))) if kind=='csv' else [l.split('\t') for l in text.split('\n')]
+    rows = csv_rows(path, text) if kind=='csv' else [l.split('\t') for l in text.split('\n')]
     rows = [(f'{path}, row {i}', r) for i,r in enumerate(rows, 1) if len(r)>1 or r and r[0].strip()]
     header = [h.strip() for h in rows[0][1]]
     if kind=='tsv' and len(header)==2 and header[1].isdigit(): header = ['sentence','label']
@@ -107,7 +115,7 @@ def tidy(rows:list, task:str, where, split:str='')->pd.DataFrame: # text, text_b
     for c,name in (('text',a),('text_b',b)):
         if name: df.loc[df.problem.isna()&df[c].isna(),'problem'] = f'`{name}` is not a string'
         if name: df.loc[df.problem.isna()&(df[c]==''),'problem'] = f'`{name}` is empty'
-    if label: df.loc[df.problem.isna()&df.label.isin(['',None]),'problem'] = f'no `{label}`'
+    if label: df.loc[df.problem.isna()&df.label.isin(['','nan',None]),'problem'] = f'no `{label}`'
     if any('split' in r for r in rows) and not split: df.loc[df.problem.isna()&~df.split.isin(SPLITS.values()),'problem'] = 'unknown split '+df.split.map(repr)
     return df
 
@@ -278,6 +286,7 @@ def read_text_task(path,             # a file, a folder, 'hub', or '' for the st
     else:
         path = Path(path).expanduser()
         if not path.exists(): raise FileNotFoundError(f'data for the task {task}: {path} does not exist')
+        if files and not path.is_dir(): raise TextError(f'{path} is a file: `files` chooses among the sets of a folder')
         raw = read_folder(path, task, files) if path.is_dir() else tidy(read_rows(path), task, path)
         if raw.label.isna().all(): raise TextError(f"{path}: no column {' or '.join(LABELS)}")
         df,name = check_rows(raw, task, path, seed, drop),path.name

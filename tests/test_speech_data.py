@@ -232,8 +232,8 @@ def test_faults(tone, said, drop, capsys):
         assert 'm.tsv, row 3' in str(e.value)
 
 def test_labels(tone):
-    rows = [dict(audio=tone/'ok.wav', intent='', scenario=s, action=a, speaker=p, split=split) for s,a,p,split in
-            [('alarm','set','anna','train'), ('iot','light_on','ben','train'), ('alarm','light_on','ben','dev'), ('alarm','off','carl','test')]]
+    labels = [('alarm','set','anna','train'), ('iot','light_on','ben','train'), ('alarm','light_on','ben','dev'), ('alarm','off','carl','test')]
+    rows = [dict(audio=tone/'ok.wav', start=.2*i, stop=.2*i+.2, scenario=s, action=a, speaker=p, split=split) for i,(s,a,p,split) in enumerate(labels)]
     df = manifest(rows)
     with pytest.raises(ManifestError, match="unknown action 'off'"): check_manifest(df, 'intent')
     with pytest.raises(ManifestError, match="unknown speaker 'carl'"): check_manifest(df, 'speaker')
