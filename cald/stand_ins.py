@@ -62,13 +62,13 @@ def stems(text:str)->set:
 
 def about_the_question(docs:pd.DataFrame, each:int=2, # sentences of one documentation string, at most
                        seed:int=0)->pd.DataFrame:
-    "Stand-in for QNLI: does a sentence stand under this summary, or under another one in the package?"
+    "Stand-in for QNLI: does a sentence stand under this summary, or under another one?"
     summary = one_sentence(docs, ['summary'], 4, 30).set_index('doc').text
     body = docs[(docs.role=='text')&docs.doc.isin(summary.index)]
     body = body.assign(text=[[s for s in sentences(t) if 6<=len(s.split())<=45] for t in body.text]).explode('text').dropna(subset='text')
     body = body[~body.text.str.lower().duplicated()]
     rng,rows,yes,no = np.random.default_rng(seed),[],'entailment','not_entailment'
-    for (_,split),g in body.groupby(['package','split'], sort=False):
+    for split,g in body.groupby('split', sort=False):
         found = [(summary[k], [s for s in h.text if stems(s)&stems(summary[k])][:each]) for k,h in g.groupby('doc', sort=False)]
         found = [(question(q), ss) for q,ss in found if ss]
         order = rng.permutation(len(found))
@@ -87,9 +87,9 @@ def same_name(names, files, S, idx, rng, low, high, cap)->list: # (i, j, similar
     return [(idx[i[k]],idx[j[k]],S[i[k],j[k]]) for k in rng.permutation(len(i))[:min(cap, len(idx))]]
 
 def other_name(pair, S, names, used)->int:
-    "A description of a parameter with another name, half as similar to the first of `pair` as the second is; -1 if all near it are used"
+    "A description of a parameter with another name, a third as similar to the first of `pair` as the second is; -1 if all near it are used"
     i,_,s = pair
-    gap = np.abs(S-.5*s)
+    gap = np.abs(S-s/3)
     first = np.argpartition(gap, min(50, len(gap)-1))[:50]
     for q in first[np.lexsort((first, gap[first]))][:8]:
         if names[i] not in names[q] and names[q] not in names[i] and (i,q) not in used: return q
@@ -115,7 +115,7 @@ def same_parameter(docs:pd.DataFrame, low:float=.15, high:float=.75, cap:int=8, 
             near = np.where(code==code[i], 9., S[k%256])
             if (q := other_name((i,j,s), near, names, used))<0: continue
             used.add((i,q))
-            rows.append([(texts[i],texts[j],'duplicate',split),(texts[i],texts[q],'not_duplicate',split)])
+            rows.append([(texts[i],texts[j],'duplicate',split),(texts[i],texts[q],'different',split)])
     return groups(rows)
 
 # %% ../nbs/04i_stand_ins.ipynb #0afd8583
@@ -154,7 +154,7 @@ def one_or_many(docs:pd.DataFrame, low:int=100, high:int=200, # words
     return groups(rows)
 
 # %% ../nbs/04i_stand_ins.ipynb #0ac01a58
-MADE = 2 # raise it whenever the same corpus would give other examples
+MADE = 3 # raise it whenever the same corpus would give other examples
 STAND_INS = dict(sst2=in_or_out, qnli=about_the_question, qqp=same_parameter, imdb=one_or_many)
 SIZES = dict(train=8000, dev=500, test=1000)
 SMOKE = dict(train=64, dev=12, test=16)
