@@ -40,8 +40,8 @@ class TextRecipe(Recipe):
 # %% ../nbs/04a_nlp.ipynb #36165183
 RATES = dict(smoke=[1e-3,2e-3], demo=[2.5e-4,5e-4,1e-3,2e-3], paper=[1e-5,3e-5,1e-4,3e-4]) # what the search tries
 CHOSEN = dict( # scale -> mode -> task -> learning rate of the students
-    demo= dict(target=  dict(qnli=2e-3, qqp=2e-3,   sst2=1e-3, imdb=1e-3),
-               unguided=dict(qnli=2e-3, qqp=2.5e-4, sst2=1e-3, imdb=2.5e-4)),
+    demo= dict(target=  dict(qnli=2e-3, qqp=2e-3, sst2=1e-3, imdb=2e-3),
+               unguided=dict(qnli=5e-4, qqp=2e-3, sst2=1e-3, imdb=2.5e-4)),
     paper=dict(target=  dict(qnli=3e-5, qqp=3e-5, sst2=3e-5, imdb=3e-5),
                unguided=dict(qnli=3e-5, qqp=3e-5, sst2=3e-5, imdb=3e-5)))
 SEARCH_SEED = 1000 # of the search alone
@@ -52,7 +52,7 @@ _smoke = dict(steps=4, batch=8, lr=1e-3, lr_student=1e-3, alpha=1., evals=2, k=4
 _paper = dict(batch=16, accumulate=2, lr=3e-5, alpha=1., evals=40, waypoints=10, loss='paper-nlp', teacher_train=True, warmup=.06, weight_decay=0.)
 _pairs = dict(steps=700, steps_student=450, length=48)
 _own = dict(qnli=dict(_pairs, lr=3e-4), qqp=dict(_pairs, lr=2e-4), sst2=dict(steps=800, lr=5e-4),
-            imdb=dict(steps=300, steps_student=120, lr=3e-4, length=256, batch=8, evals=4)) # at scale demo
+            imdb=dict(steps=300, steps_student=160, lr=3e-4, length=256, batch=8, evals=4)) # at scale demo
 _steps = dict(qnli=(32740,10_000), qqp=(113710,40_000), sst2=(21050,5000), imdb=(7820,3000)) # of the paper: in all, and until hybrid lets its teacher go
 
 for _t,(_n,_stop) in _steps.items():
