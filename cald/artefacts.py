@@ -197,6 +197,8 @@ SAME = [
     Same('distill', '6551ed67be9e', 'e24de88ed84f', 'errors for arguments that were not heard'),
     Same('text_data', 'e40050a2bd48', '07317ff6d149', 'errors for too few training rows, quotation marks, and `files` of a file'),
     Same('tokens', '2939c53ef62b', '69080b48f0c6', 'documents may name their split; an error for tokens without an index'),
+    Same('nlp', '09d3c68e4f31', '907c86b2c5bc', 'steps and rates of QNLI, QQP and IMDB; smaller batches when a CPU predicts', 'q2_switch q3_size q4_parts q5_loss sst2 sst2_minilm imdb_minilm'),
+    Same('stand_ins', 'ff68c9b1bd8c', '301124452473', 'other pairs for QNLI and QQP; IMDB on data of its own', 'table2 wikitext2 q2_switch q3_size q4_parts q5_loss sst2 imdb sst2_minilm imdb_minilm'),
     Same('speech_tasks', 'ace98afa0e47', '9659ad73e299', 'errors for splits that are unknown or missing'),
     Same('speech_data', '0b9cd344b8b7', '1208e47528bc', 'errors for manifests of one class, that are no text, or with one recording in two splits'),
     Same('04a_nlp', '05e5ad3c3702', 'a136b47af7fb', 'the note says which tasks are stand-ins'),
