@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np,pandas as pd,soundfile as sf
 
 # %% ../nbs/05b_corpora.ipynb #f352fe8c
-from .speech_data import ManifestError,load_audio,manifest,read_rows,write_manifest
+from .records import DataError,read_rows
+from .speech_data import load_audio,manifest,write_manifest
 from .voices import RATE
 
 # %% ../nbs/05b_corpora.ipynb #364a50a4
@@ -83,7 +84,7 @@ def read_stm(path:Path, audio:Path, prepare)->list:
     for i,line in enumerate(path.read_text(encoding='utf-8').splitlines(), 1):
         if not line.strip() or line.startswith(';;'): continue
         where,part = f'{path}, row {i}',line.split(None, 6)
-        if len(part)<6: raise ManifestError(f"{where}: not an stm line (recording, channel, speaker, start, stop, <label>, text)")
+        if len(part)<6: raise DataError(f"{where}: not an stm line (recording, channel, speaker, start, stop, <label>, text)")
         text = part[6].strip() if len(part)>6 else ''
         if text.lower()=='ignore_time_segment_in_scoring': continue
         row = dict(id=f'{path.stem}-{i}', audio=audio, text=prepare(text), speaker=part[2], start=part[3], stop=part[4])
@@ -95,7 +96,7 @@ def folder_with(folder, *names:str)->Path:
     "The first of `folder`/name that is there"
     for n in names:
         if (Path(folder)/n).is_dir(): return Path(folder)/n
-    raise ManifestError(f"{folder}: none of the folders {', '.join(names)} is in it")
+    raise DataError(f"{folder}: none of the folders {', '.join(names)} is in it")
 
 def read_tedlium(folder, # TEDLIUM_release-3, or its folder `legacy`
                  prepare=prepare_text)->pd.DataFrame:
@@ -103,7 +104,7 @@ def read_tedlium(folder, # TEDLIUM_release-3, or its folder `legacy`
     root,rows = folder_with(folder, 'legacy', '.'),[]
     for split in ('train','dev','test'):
         files = sorted((root/split/'stm').glob('*.stm'))
-        if not files: raise ManifestError(f"{root/split/'stm'}: no .stm files there (the legacy layout has {split}/stm and {split}/sph)")
+        if not files: raise DataError(f"{root/split/'stm'}: no .stm files there (the legacy layout has {split}/stm and {split}/sph)")
         for f in files: rows += [dict(r, split=split) for r in read_stm(f, f.parent.parent/'sph'/f'{f.stem}.sph', prepare)]
     return manifest(rows)
 
@@ -115,7 +116,7 @@ def slurp_rows(r:dict, # a line of a .jsonl file
                split:str, audio:Path)->list:
     "A row for each recording of `r`"
     for k in ('sentence','scenario','action','recordings'):
-        if k not in r: raise ManifestError(f"{r['where']}: no {k!r}, which SLURP's files have")
+        if k not in r: raise DataError(f"{r['where']}: no {k!r}, which SLURP's files have")
     same = dict(text=r['sentence'], scenario=r['scenario'], action=r['action'], split=split, where=r['where'])
     return [dict(same, id=Path(f['file']).stem, audio=audio/f['file']) for f in r['recordings']]
 
@@ -141,13 +142,13 @@ def read_voxceleb(folder, # with iden_split.txt and the folder `wav`, or `dev/wa
                  )->pd.DataFrame:
     "The manifest of VoxCeleb1 for identification: iden_split.txt says 1 (train), 2 (dev) or 3 (test) and speaker/video/number.wav"
     folder,path,rows = Path(folder),Path(folder)/'iden_split.txt',[]
-    if not path.is_file(): raise ManifestError(f"{path}: no such file; it is the identification split of VoxCeleb1")
+    if not path.is_file(): raise DataError(f"{path}: no such file; it is the identification split of VoxCeleb1")
     homes = [folder/d for d in ('wav','dev/wav','test/wav','.') if (folder/d).is_dir()]
     for i,line in enumerate(path.read_text().splitlines(), 1):
         if not line.strip(): continue
         where,part = f'{path}, row {i}',line.split()
         if len(part)!=2 or part[0] not in VOX_SPLITS or part[1].count('/')!=2:
-            raise ManifestError(f"{where}: not '1 id10001/video/00001.wav'")
+            raise DataError(f"{where}: not '1 id10001/video/00001.wav'")
         audio = next((h/part[1] for h in homes if (h/part[1]).is_file()), homes[0]/part[1])
         rows.append(dict(id=part[1], audio=audio, speaker=part[1].split('/')[0], split=VOX_SPLITS[part[0]], where=where))
     return manifest(rows)
@@ -160,9 +161,9 @@ def digit_files(folder)->dict: # speaker -> [(path, digit, index)]
     out = {}
     for f in sorted(Path(folder).glob('*.wav')):
         m = re.fullmatch(r'(\d)_(\w+?)_(\d+)', f.stem)
-        if not m: raise ManifestError(f"{f}: not named {{digit}}_{{speaker}}_{{index}}.wav")
+        if not m: raise DataError(f"{f}: not named {{digit}}_{{speaker}}_{{index}}.wav")
         out.setdefault(m[2], []).append((f, int(m[1]), int(m[3])))
-    if not out: raise ManifestError(f"{folder}: no .wav files named {{digit}}_{{speaker}}_{{index}}.wav")
+    if not out: raise DataError(f"{folder}: no .wav files named {{digit}}_{{speaker}}_{{index}}.wav")
     return out
 
 def join_with_silence(waves:list, rng:np.random.Generator)->np.ndarray:
@@ -181,7 +182,7 @@ def connected_digits(files:dict,    # of `digit_files`
     rows,rng = [],np.random.default_rng(seed)
     for split,n in sizes.items():
         pools = {s: p for s in sorted(files) if (p := [f for f in files[s] if pick[split](s, f[2])])}
-        if not pools: raise ManifestError(f"no recordings are left for the split {split!r} when {held_out} is held out")
+        if not pools: raise DataError(f"no recordings are left for the split {split!r} when {held_out} is held out")
         for k in range(n):
             speaker = list(pools)[k%len(pools)]
             chosen = [pools[speaker][j] for j in rng.integers(len(pools[speaker]), size=rng.integers(3, 7))]
@@ -199,7 +200,7 @@ def digits_manifest(folder,             # recordings named {digit}_{speaker}_{in
     "Write two manifests of real recordings: strings of digits (test: a speaker not heard in training), and who says a digit"
     files,out = digit_files(folder),Path(out)
     held_out,sizes = held_out or sorted(files)[-1],sizes or dict(train=800, dev=100, test=200)
-    if held_out not in files: raise ManifestError(f"{folder}: no speaker {held_out!r}; there are {', '.join(sorted(files))}")
+    if held_out not in files: raise DataError(f"{folder}: no speaker {held_out!r}; there are {', '.join(sorted(files))}")
     what = json.dumps([held_out, sizes, seed, [[f.name, f.stat().st_size] for fs in files.values() for f,_,_ in fs]])
     paths,done = (out/'connected.tsv',out/'speakers.tsv'),out/'digits.json'
     if done.exists() and done.read_text()==what and all(p.exists() for p in paths): return paths

@@ -21,7 +21,7 @@ from .experiment import Experiment,Recipe,Task
 from .runs import cell,digest,hash_files,scale_settings,settings
 from .pretrained import find_source,load_pretrained
 from .text import SMALL,read_docs
-from .text_data import TextError
+from .records import DataError
 from .text_sources import save_tokenizer,train_bpe
 from .tokens import Tokens,pack,read_lm,write_tokens
 
@@ -58,7 +58,7 @@ SOURCES = dict(demo='gpt_neox-demo', paper='EleutherAI/pythia-1b')
 def encode(texts:list, tokenizer, length:int,
            rows:int=0,   # as many, at most; 0: all
            where:str='the text')->np.ndarray: # (rows, length+1)
-    "Packed rows of `texts`, in their order; TextError if they do not fill one"
+    "Packed rows of `texts`, in their order; DataError if they do not fill one"
     docs,have = [],0
     for i in range(0, len(texts), 200):
         docs += tokenizer(texts[i:i+200], add_special_tokens=False, verbose=False)['input_ids']
@@ -66,7 +66,7 @@ def encode(texts:list, tokenizer, length:int,
         if rows and have>rows*length+1: break
     eos = tokenizer.eos_token_id
     have -= len(docs)*(eos is None)
-    if have<length+1: raise TextError(f'{where}: {have} tokens do not fill a row of {length}+1')
+    if have<length+1: raise DataError(f'{where}: {have} tokens do not fill a row of {length}+1')
     return pack(docs, length, eos)[0][:rows or None]
 
 def spread(rows, n:int): # n: 0 keeps all
@@ -109,16 +109,16 @@ class TokenRows:
 
 # %% ../nbs/04b_lm.ipynb #a9b445f4
 def hold_out(tokens:Tokens, length:int, dev:int, test:int)->dict:
-    "`TokenRows` to train on, and `dev` and `test` rows of the last sequences; TextError if there are too few"
+    "`TokenRows` to train on, and `dev` and `test` rows of the last sequences; DataError if there are too few"
     all_,end,res = TokenRows(tokens, length),len(tokens),{}
     sizes = np.diff(all_.ends, prepend=0)
     for split,n in (('test',test),('dev',dev)):
         have,want = (np.arange(1, end+1)*all_.per,n) if all_.per else (sizes[:end][::-1].cumsum(),n*length+1)
         a = end-1-int(np.searchsorted(have, want))
-        if a<1: raise TextError(f'{tokens.index}: {len(tokens)} sequences are too few to hold out {test} rows of {length} tokens for the test and {dev} for dev')
+        if a<1: raise DataError(f'{tokens.index}: {len(tokens)} sequences are too few to hold out {test} rows of {length} tokens for the test and {dev} for dev')
         res[split],end = TokenRows(tokens, length, a, end),a
     res['train'] = TokenRows(tokens, length, 0, end)
-    if not len(res['train']): raise TextError(f'{tokens.index}: nothing to train on is left when {dev}+{test} rows are held out')
+    if not len(res['train']): raise DataError(f'{tokens.index}: nothing to train on is left when {dev}+{test} rows are held out')
     return {s: res[s] for s in ('train','dev','test')}
 
 # %% ../nbs/04b_lm.ipynb #176ab2c6
@@ -183,13 +183,13 @@ def read_rows(path, tokenizer, cache, scale:str, r:LmRecipe, seed:int=0)->tuple:
 def check_rows(parts:dict, # split -> rows
                cfg,        # configuration of the source
                length:int, n:int, source:str, name:str):
-    "ValueError or TextError if the source cannot read the rows, of which it trains on the first `n`"
+    "ValueError or DataError if the source cannot read the rows, of which it trains on the first `n`"
     if length>cfg.max_position_embeddings:
         raise ValueError(f'rows of {length} tokens, but {source} was pretrained on at most {cfg.max_position_embeddings}: give a smaller length')
     for s,rows in parts.items():
         for i in range(min(n, len(rows)) if s=='train' else len(rows)):
             if (most := int(rows[i].max()))>=cfg.vocab_size or rows[i].min()<0:
-                raise TextError(f'{name}, {s}: row {i} has the token {most}, but {source} knows {cfg.vocab_size} only: the tokens are those of another model')
+                raise DataError(f'{name}, {s}: row {i} has the token {most}, but {source} knows {cfg.vocab_size} only: the tokens are those of another model')
 
 # %% ../nbs/04b_lm.ipynb #96b4b0b9
 def load_lm(source:str, random:bool=False)->torch.nn.Module: # random: draw every weight anew
@@ -224,7 +224,7 @@ class Lm(Experiment):
         parts,name,hash_ = read_rows(path, self.tokenizer, cache, scale, r, seed)
         have = min(max(r.train_rows, 0) or len(parts['train']), len(parts['train']))
         n = {t: round(have*q.share) for t,q in rs.items()}
-        if short := [t for t in tasks if not n[t]]: raise TextError(f'{name}: {have} rows of {r.length} tokens leave none for the budget {short[0]!r}')
+        if short := [t for t in tasks if not n[t]]: raise DataError(f'{name}: {have} rows of {r.length} tokens leave none for the budget {short[0]!r}')
         check_rows(parts, cfg, r.length, max(n.values()), source, name)
         held = {s: Rows(parts[s], k, r.judge_batch, self.tokenizer) for s,k in (('dev',r.dev_rows),('test',r.test_rows))}
         path = Path(find_source(source))

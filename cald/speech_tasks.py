@@ -27,7 +27,8 @@ from .runs import check_name,digest,hash_files,write_atomic
 from .experiment import Task
 from .pretrained import find_source,load_pretrained
 from .sources import front_end,standardise
-from .speech_data import SPLITS,ManifestError,check_manifest,cnn_frames,data_hash,generate,load_audio,manifest_of,read_manifest
+from .records import DataError,file_of
+from .speech_data import SPLITS,check_manifest,cnn_frames,data_hash,generate,load_audio,read_manifest
 from .voices import RATE
 
 # %% ../nbs/05c_speech_tasks.ipynb #b589d9a8
@@ -271,7 +272,7 @@ def make_corpus(df, task:str, source:str, cache, # folder where frames are kept
                             frames=frame_count(AutoConfig.from_pretrained(path)), read=not seen.exists())
     df = df.drop(left.index)
     if lack := [s for s in use if not (df.split==s).any()]:
-        raise ManifestError(f"{manifest_of(df)}: no rows of the split {' or '.join(lack)}, which the task {task} needs; there are {', '.join(sorted(set(df.split)))}")
+        raise DataError(f"{file_of(df)}: no rows of the split {' or '.join(lack)}, which the task {task} needs; there are {', '.join(sorted(set(df.split)))}")
     if len(left): hash = digest([hash, list(df.index)])
     else: write_atomic(seen, '')
     if not keep: return Corpus(*read_audio(df), hash, left)

@@ -13,23 +13,25 @@ from pathlib import Path
 import numpy as np,pandas as pd
 
 # %% ../nbs/04g_tokens.ipynb #f4cd99d8
+from .records import SPLITS,DataError,read_rows,read_text
 from .runs import write_atomic
 from .text import documents,read_docs,PACKAGES,SMALL
-from .text_data import SPLITS,TextError,make_splits,read_rows,read_text,text_hash
+from .text_data import make_splits,text_hash
 
 # %% ../nbs/04g_tokens.ipynb #2bac9ded
 def lm_documents(path)->list: # (text, where, split or '')
     "The documents of a text file: all of a .txt file, each line of a .jsonl file, which may name its `split`"
     kind = path.name.lower().removesuffix('.gz').rpartition('.')[2]
     if kind=='txt': return [(read_text(path),str(path),'')]
-    rows = read_rows(path) if kind=='jsonl' else []
-    if not rows: raise TextError(f'{path}: text is read from .txt and .jsonl files (or .gz of one)')
-    for r in rows:
-        if 'problem' not in r and not isinstance(r.get('text'), str): r['problem'] = 'no `text`, or it is not a string'
-        if 'problem' not in r and not r['text'].strip(): r['problem'] = '`text` is empty'
-        if 'problem' not in r and str(r.get('split') or 'train').lower() not in SPLITS: r['problem'] = f"unknown split {r['split']!r}"
-        if 'problem' in r: raise TextError(f"{r['where']}: {r['problem']}")
-    return [(r['text'],r['where'],SPLITS.get(str(r.get('split') or '').lower(), '')) for r in rows]
+    if kind!='jsonl': raise DataError(f'{path}: text is read from .txt and .jsonl files (or .gz of one)')
+    docs = []
+    for r in read_rows(path):
+        text,split = r.get('text'),str(r.get('split') or '').lower()
+        if not isinstance(text, str): raise DataError(f"{r['where']}: no `text`, or it is not a string")
+        if not text.strip(): raise DataError(f"{r['where']}: `text` is empty")
+        if split and split not in SPLITS: raise DataError(f"{r['where']}: unknown split {r['split']!r}")
+        docs.append((text, r['where'], SPLITS.get(split, '')))
+    return docs
 
 def cut(text:str, shares=(.9,.95))->list:
     "`text` in three parts, cut at ends of lines (or, without any, of words) near the `shares` of its length"
@@ -46,13 +48,13 @@ def lm_splits(docs:list, # (text, where, split or '')
     "A frame of `text` and `split` of documents"
     df = pd.DataFrame([(t,s) for t,_,s in docs], columns=['text','split'], dtype=object)
     have = set(df.split)
-    if '' in have and len(have)>1: raise TextError(f"{next(w for _,w,s in docs if not s)}: which split does it belong to? Others are named train, dev or test")
+    if '' in have and len(have)>1: raise DataError(f"{next(w for _,w,s in docs if not s)}: which split does it belong to? Others are named train, dev or test")
     if {'train','dev','test'}<=have or df.split.isin(['','train']).sum()>=20 or not have & {'','train'}:
         return make_splits(df.assign(text_b=None, label=''), where, seed)[['text','split']]
     if have=={'train','dev'}: df = df.assign(split=df.split.replace('dev', 'test'))
     whole,shares = (('train','dev','test'),(.9,.95)) if have<={'','train'} else (('train','dev'),(.95,))
     rows = [p for text,s in zip(df.text, df.split) for p in (zip(cut(text, shares), whole) if s in ('','train') else [(text,s)]) if p[0].strip()]
-    if {s for _,s in rows}!={'train','dev','test'}: raise TextError(f'{where}: too little text to cut it in train, dev and test')
+    if {s for _,s in rows}!={'train','dev','test'}: raise DataError(f'{where}: too little text to cut it in train, dev and test')
     return pd.DataFrame(rows, columns=['text','split'], dtype=object)
 
 def split_name(path)->str:
@@ -82,14 +84,14 @@ def read_index(path)->tuple: # lengths (n,) in tokens, starts (n,) in bytes, dty
     path = Path(path)
     size = path.stat().st_size
     with open(path, 'rb') as f: head = f.read(HEADER.size)
-    if not head.startswith(MAGIC): raise TextError(f'{path}: not the index of Megatron token files')
-    if len(head)<HEADER.size: raise TextError(f'{path}: truncated, {size} bytes')
+    if not head.startswith(MAGIC): raise DataError(f'{path}: not the index of Megatron token files')
+    if len(head)<HEADER.size: raise DataError(f'{path}: truncated, {size} bytes')
     _,version,code,n,ends = HEADER.unpack(head)
-    if version!=1: raise TextError(f'{path}: version {version} of the format, but only 1 is known')
-    if code not in DTYPES: raise TextError(f'{path}: unknown type of tokens ({code})')
+    if version!=1: raise DataError(f'{path}: version {version} of the format, but only 1 is known')
+    if code not in DTYPES: raise DataError(f'{path}: unknown type of tokens ({code})')
     want = HEADER.size+12*n+8*ends
-    if size!=want: raise TextError(f"{path}: {'truncated' if size<want else 'too long'}, {size} bytes where {n} sequences take {want}")
-    if n==0: raise TextError(f'{path} has no sequences')
+    if size!=want: raise DataError(f"{path}: {'truncated' if size<want else 'too long'}, {size} bytes where {n} sequences take {want}")
+    if n==0: raise DataError(f'{path} has no sequences')
     at = lambda dtype,offset: np.memmap(path, dtype, 'r', offset, (n,))
     return at('<i4', HEADER.size),at('<i8', HEADER.size+4*n),np.dtype(DTYPES[code])
 
@@ -101,18 +103,18 @@ def token_parts(path)->tuple: # the .idx file, the .bin files in order, are all 
     path = Path(path)
     if path.is_dir():
         found = sorted(path.glob('*.idx'))
-        if len(found)!=1: raise TextError(f"{path}: {len(found)} .idx files where one is needed ({', '.join(f.name for f in found)})")
+        if len(found)!=1: raise DataError(f"{path}: {len(found)} .idx files where one is needed ({', '.join(f.name for f in found)})")
         path = found[0]
     stem = PART.sub('', path.stem)
     index,whole = path.with_name(f'{stem}.idx'),path.with_name(f'{stem}.bin')
-    if not index.is_file(): raise TextError(f'{index}: no such file; it belongs to the tokens in {path.name}')
+    if not index.is_file(): raise DataError(f'{index}: no such file; it belongs to the tokens in {path.name}')
     if whole.is_file(): return index,[whole],True
     parts = sorted((int(m[1]),int(m[2]),p) for p in path.parent.glob(f'{stem}-*.bin') if (m := PART.search(p.stem)))
-    if not parts: raise TextError(f'{whole}: no such file, nor parts {stem}-00000-of-...')
+    if not parts: raise DataError(f'{whole}: no such file, nor parts {stem}-00000-of-...')
     for i,(k,_,p) in enumerate(parts):
-        if k!=i: raise TextError(f'{p}: part {i} is missing before it')
+        if k!=i: raise DataError(f'{p}: part {i} is missing before it')
     odd = [p for _,_,p in parts[1:-1] if p.stat().st_size!=parts[0][2].stat().st_size]
-    if odd: raise TextError(f'{odd[0]}: truncated, the part before has another size')
+    if odd: raise DataError(f'{odd[0]}: truncated, the part before has another size')
     return index,[p for _,_,p in parts],parts[-1][0]==parts[-1][1]
 
 # %% ../nbs/04g_tokens.ipynb #e378d842
@@ -126,10 +128,10 @@ class Tokens:
         self.total,have = len(self.lengths),int(self.offsets[-1])
         want = int(self.starts[-1])+int(self.lengths[-1])*self.dtype.itemsize
         name = self.files[-1] if len(self.files)>1 else self.files[0]
-        if have>want: raise TextError(f'{name}: {have} bytes of tokens, but {self.index.name} says {want}: they do not belong together')
-        if have<want and whole: raise TextError(f'{name}: truncated, {have} bytes of tokens where {self.index.name} says {want}')
+        if have>want: raise DataError(f'{name}: {have} bytes of tokens, but {self.index.name} says {want}: they do not belong together')
+        if have<want and whole: raise DataError(f'{name}: truncated, {have} bytes of tokens where {self.index.name} says {want}')
         self.n = self.total if have==want else max(int(np.searchsorted(self.starts, have, 'right'))-1, 0) # the last one begun may be cut
-        if not self.n: raise TextError(f'{name}: not one whole sequence')
+        if not self.n: raise DataError(f'{name}: not one whole sequence')
     def __len__(self): return self.n
     def __getitem__(self, i):
         if not -self.n<=i<self.n: raise IndexError(f'sequence {i} of {self.n}')
@@ -145,7 +147,7 @@ def read_lm(path,             # '' for the offline text; a .txt or .jsonl file o
             cache,            # folder for what is built
             scale:str='demo', # 'smoke', 'demo' or 'paper'
             seed:int=0):      # frame of `text` and `split`, with attrs data and hash; for token files `Tokens`
-    "Text for language models; TextError, which names file and row, for what cannot be used"
+    "Text for language models; DataError, which names file and row, for what cannot be used"
     if not path and scale=='paper': raise ValueError("scale paper needs data for the language model: the folder of the Pile's document.idx, or your text")
     if not path: df,name = documents(read_docs(cache, SMALL if scale=='smoke' else PACKAGES)),'documentation'
     else:
@@ -153,7 +155,7 @@ def read_lm(path,             # '' for the offline text; a .txt or .jsonl file o
         if not path.exists(): raise FileNotFoundError(f'text for the language model: {path} does not exist')
         if path.suffix in ('.bin','.idx') or path.is_dir() and any(p.suffix in ('.bin','.idx') for p in path.iterdir()): return Tokens(path)
         found = [p for p in sorted(path.iterdir()) if re.search(r'\.(txt|jsonl)(\.gz)?$', p.name)] if path.is_dir() else [path]
-        if not found: raise TextError(f'{path}: no .txt or .jsonl files there')
+        if not found: raise DataError(f'{path}: no .txt or .jsonl files there')
         df,name = lm_splits([(t,w,s or (split_name(p) if len(found)>1 else '')) for p in found for t,w,s in lm_documents(p)], path, seed),path.name
     df = df[['text','split']].reset_index(drop=True)
     df.attrs = dict(data=name, hash=text_hash(df.assign(text_b='', label='')))
