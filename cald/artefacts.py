@@ -45,8 +45,8 @@ class Artefact:
 
 # %% ../nbs/07a_artefacts.ipynb #185ec54a
 _core = 'mixers scan students convert ablation state guidance distill states experiment'
-_text,_speech = f'{_core} pretrained text stand_ins text_data text_tasks nlp',f'{_core} pretrained speech_tasks speech_data corpora voices commands speech'
-_lm = f'{_core} pretrained text stand_ins text_data tokens lm'
+_text,_speech = f'{_core} pretrained text stand_ins records text_data text_tasks nlp',f'{_core} pretrained speech_tasks records speech_data corpora voices commands speech'
+_lm = f'{_core} pretrained text stand_ins records text_data tokens lm'
 _of_text = dict(modules=_text, packages=tuple(PACKAGES))
 _sentences = {f'sst2/{s}.tsv':f'{{data}}/sst2/sentences_{s}.tsv' for s in ('train','dev')} # as in GLUE's folder: dev is what one tests on
 _minilm = dict(source='minilm', drop=True, lr=5e-5, lr_student=1e-3,
@@ -182,7 +182,7 @@ def stamp(a, folder):
 class Same:
     "Two versions of a module, or of a notebook's own cells, with which results come out the same"
     name:str        # of the module, or the notebook
-    was:str         # beginning of its hash in the records
+    was:str         # beginnings of its hashes in the records, with spaces between them
     now:str         # and in this tree
     why:str
     results:str=''  # those it is true of; '' is all
@@ -208,7 +208,7 @@ SAME = [
 
 def unchanged(a, name:str, was, now)->bool:
     "Is `now` the hash that `name` had when `a` was made, or that of a version that makes no difference to `a`?"
-    def about(s): return s.name==name and str(was).startswith(s.was) and str(now).startswith(s.now) and a.name in (s.results.split() or [a.name])
+    def about(s): return s.name==name and str(was).startswith(tuple(s.was.split())) and str(now).startswith(s.now) and a.name in (s.results.split() or [a.name])
     return was==now or any(map(about, SAME))
 
 # %% ../nbs/07a_artefacts.ipynb #2c7b44e5

@@ -86,8 +86,7 @@ class Nlp(Experiment):
     def trajectory(self, r): return dict(lr=r.lr_teacher or r.lr, every=r.cycle)
     def collate(self, items): return collate(items, self.processor.pad_token_id)
     def judge(self, model, ds):
-        n = 16 if model.device.type=='cpu' else 64 # small batches stay in a CPU's cache
-        return score(predict(model, ds, self.processor.pad_token_id, n), torch.tensor([o['labels'] for o in ds]), model.config.num_labels)
+        return score(predict(model, ds, self.processor.pad_token_id), torch.tensor([o['labels'] for o in ds]), model.config.num_labels)
 
 # %% ../nbs/04a_nlp.ipynb #e79471af
 @patch

@@ -257,6 +257,9 @@ def main(argv=None)->int:
         if o.command!='reproduce' and getattr(o, 'out', None) and not Path(o.out).is_dir(): raise FileNotFoundError(f'--out: {o.out} is no folder')
         checkout()
         o.fn(o)
+        sys.stdout.flush()
+    except BrokenPipeError: # what read our lines has had enough, as `head` has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()); return 1
     except RuntimeError as e: print(f'cald: {e}', file=sys.stderr); return 1
     except (ValueError, OSError) as e: print(f'cald: {e}', file=sys.stderr); return 2
     except KeyboardInterrupt: print('cald: interrupted; the same command goes on from here', file=sys.stderr); return 130

@@ -10,7 +10,7 @@ __all__ = ['LESS', 'claims', 'paper_effect', 'our_effect', 'verdict', 'against_p
 import importlib.resources,io,json,math,re
 from pathlib import Path
 import pandas as pd
-from .artefacts import ARTEFACTS,estimate_minutes,nb_cells
+from .artefacts import ARTEFACTS,nb_cells
 from .grid import settings
 from .runs import mean_ci,paper_numbers,to_markdown
 from .store import Store,out_folder,read_json,tree,write_atomic

@@ -8,10 +8,11 @@ __all__ = ['MIXERS', 'LOAD_HINT', 'FAMILIES', 'Mixed', 'packed', 'MixedLinformer
            'register_head', 'MixerLayer', 'mixer_layer']
 
 # %% ../nbs/00b_students.ipynb #1867bb9a
-import json,sys
+import ast,json,sys
 from contextvars import ContextVar
 from dataclasses import dataclass,field
-from inspect import signature
+from inspect import getsource,signature,unwrap
+from textwrap import dedent
 from typing import get_args
 
 import torch
@@ -164,8 +165,13 @@ def put(model, name:str, value):
     setattr(model.get_submodule(parent), leaf, value)
 
 def returned(attention:nn.Module)->int:
-    "How many values `attention` returns, by its annotation; two if that does not say"
-    return max(2, len(get_args(signature(attention.forward).return_annotation)))
+    "How many values `attention` returns: by the tuples in its code's `return`s, or else by its annotation; two if neither says"
+    forward = unwrap(type(attention).forward)
+    try: code = ast.walk(ast.parse(dedent(getsource(forward))))
+    except (OSError,TypeError,SyntaxError): code = [] # no source, as of a module built in
+    given = {len(n.value.elts) if isinstance(n.value, ast.Tuple) else None for n in code if isinstance(n, ast.Return)}
+    if len(given)==1 and None not in given: return given.pop()
+    return max(2, len(get_args(signature(forward).return_annotation)))
 
 def check_loaded(info:dict, # `output_loading_info` of transformers
                  spec:dict, # `config.cald`

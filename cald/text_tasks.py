@@ -110,9 +110,10 @@ def collate(items:list, pad:int)->dict:
 
 # %% ../nbs/04h_text_tasks.ipynb #49c22388
 @torch.no_grad()
-def predict(model, items:list, pad:int, batch_size:int=64)->torch.Tensor: # (len(items),)
+def predict(model, items:list, pad:int)->torch.Tensor: # (len(items),)
     "The class of each of `items`"
     out,was = torch.zeros(len(items), dtype=torch.long),model.training
+    batch_size = 16 if model.device.type=='cpu' else 64 # small batches stay in a CPU's cache
     order = sorted(range(len(items)), key=lambda i: -len(items[i]['input_ids']))
     model.eval()
     for i in range(0, len(items), batch_size):

@@ -8,8 +8,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig
 import cald.experiment
 from cald.convert import convert
 from cald.lm import Lm, LmRecipe, Rows, TokenRows, hold_out, judge, load_lm, smoke_source, zero_shot
+from cald.records import DataError
 from cald.runs import Store, cell, settings
-from cald.text_data import TextError
 from cald.tokens import Tokens, pack, write_tokens
 from common import train
 
@@ -83,12 +83,12 @@ def test_from_megatron_files_to_a_result(source, cache, tmp_path):
 
 def test_tokens_of_another_model_and_other_faults_stop_before_training(source, cache, tmp_path):
     write_tokens([[5,400,7]*11]*60, tmp_path/'foreign')
-    with pytest.raises(TextError, match='foreign.idx, train: row 0 has the token 400, but .* knows 400 only'): read(source, cache, path=str(tmp_path/'foreign.idx'))
+    with pytest.raises(DataError, match='foreign.idx, train: row 0 has the token 400, but .* knows 400 only'): read(source, cache, path=str(tmp_path/'foreign.idx'))
     write_tokens([[5,39,7]*11]*10, tmp_path/'few')
-    with pytest.raises(TextError, match='10 sequences are too few to hold out 16 rows'): read(source, cache, path=str(tmp_path/'few.idx'))
+    with pytest.raises(DataError, match='10 sequences are too few to hold out 16 rows'): read(source, cache, path=str(tmp_path/'few.idx'))
     (tmp_path/'t.jsonl').write_text('\n'.join(json.dumps(dict(text=f'row {i}')) for i in range(40)))
-    with pytest.raises(TextError, match=r't.jsonl, dev: \d+ tokens do not fill a row of 32\+1'): read(source, cache, path=str(tmp_path/'t.jsonl'))
-    with pytest.raises(TextError, match="leave none for the budget 'small'"): read(source, cache, train_rows=1)
+    with pytest.raises(DataError, match=r't.jsonl, dev: \d+ tokens do not fill a row of 32\+1'): read(source, cache, path=str(tmp_path/'t.jsonl'))
+    with pytest.raises(DataError, match="leave none for the budget 'small'"): read(source, cache, train_rows=1)
     with pytest.raises(ValueError, match='pretrained on at most 64: give a smaller length'): read(source, cache, length=65)
     with pytest.raises(ValueError, match='did you mean'): read(source, cache, lenght=16)
     BertConfig().save_pretrained(tmp_path/'bert')

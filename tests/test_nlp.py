@@ -8,8 +8,9 @@ from cald import text_tasks
 from cald.distill import find_snapshots
 from cald.experiment import MODES
 from cald.nlp import CHOSEN, SEARCH_SEED, Nlp, chosen, table4
+from cald.records import DataError
 from cald.runs import Store, settings
-from cald.text_data import TextError, read_text_task
+from cald.text_data import read_text_task
 from cald.text_tasks import BASELINE, find_text_source, load_classifier, minilm, smoke_source, tfidf_baseline
 from common import check_interrupted, data_folder, train
 
@@ -154,8 +155,8 @@ def test_missing_weights_are_an_error(source, tmp_path):
     with pytest.raises(ValueError, match=f'1 weights are missing, the first is .*{lost}'): load_classifier(str(tmp_path/'s'), 2)
 
 @pytest.mark.parametrize('change,error,message', [
-    (lambda d: d.assign(label=d.label.where(d.split!='test', '7')), TextError, "row 52: unknown label '7'"), (lambda d: d.assign(label='1'), TextError, 'two classes are needed'),
-    (lambda d: d.rename(columns=dict(sentence='sentense')), TextError, "did you mean 'sentence'"), (lambda d: d.drop(columns='label'), TextError, 'no column label')])
+    (lambda d: d.assign(label=d.label.where(d.split!='test', '7')), DataError, "row 52: unknown label '7'"), (lambda d: d.assign(label='1'), DataError, 'two classes are needed'),
+    (lambda d: d.rename(columns=dict(sentence='sentense')), DataError, "did you mean 'sentence'"), (lambda d: d.drop(columns='label'), DataError, 'no column label')])
 def test_bad_data_stops_before_training(home, source, tmp_path, change, error, message):
     df = rows().assign(split=['train']*40+['dev']*10+['test']*10)
     with pytest.raises(error, match=message): read(source, home, write(tmp_path/'x.tsv', change(df)))

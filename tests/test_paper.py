@@ -9,10 +9,10 @@ from cald.store import write_json
 
 root = Path(__file__).parents[1]
 
-def cald(*args, cwd):
+def cald(*args, cwd, stdout=subprocess.PIPE):
     "Run the `cald` of checkout `cwd` as the console script does"
     code = "import sys; sys.argv[0] = 'cald'; from cald.paper import main; sys.exit(main())"
-    return subprocess.run([sys.executable, '-c', code, *args], cwd=cwd, capture_output=True, text=True, env={**os.environ, 'PYTHONPATH':str(cwd), 'OMP_NUM_THREADS':'1'})
+    return subprocess.run([sys.executable, '-c', code, *args], cwd=cwd, stdout=stdout, stderr=subprocess.PIPE, text=True, env={**os.environ, 'PYTHONPATH':str(cwd), 'OMP_NUM_THREADS':'1'})
 
 @pytest.fixture
 def copy(tmp_path, monkeypatch):
@@ -164,6 +164,13 @@ def test_status_has_what_another_machine_made_without_what_it_did_not(capsys):
     gpu, = [t for t in more if t.startswith('paper_figures/gpu/')]
     assert re.search(r'^table1 .*demo', first, re.M) and re.search(r'^efficiency .*paper', gpu, re.M)
     assert 'table1' not in gpu and 'missing' not in gpu
+
+def test_a_reader_that_has_had_enough_is_no_error():
+    ours,theirs = os.pipe()
+    os.close(ours) # as `head` does when it has its lines
+    done = cald('status', cwd=root, stdout=theirs)
+    os.close(theirs)
+    assert done.returncode==1 and not done.stderr
 
 # The report in a real browser
 

@@ -3,8 +3,8 @@ from pathlib import Path
 import numpy as np, pandas as pd, pytest, soundfile as sf, torch, torch.nn.functional as F
 from cald.runs import Store, cell, helpers, key
 from cald.experiment import MODES
+from cald.records import DataError
 from cald.speech import TASKS, Speech, smoke_source
-from cald.speech_data import ManifestError
 from cald.speech_tasks import collate, load_trained, make_corpus, predict, read_data
 from common import check_interrupted, train
 
@@ -128,7 +128,7 @@ def test_a_bad_row_stops_everything_before_training_and_is_named(data, tmp_path,
     df = pd.read_csv(home/'manifest.tsv', sep='\t', dtype=str)
     for k,v in wrong.items(): df.loc[3,k] = v
     df.to_csv(home/'wrong.tsv', sep='\t', index=False)
-    with pytest.raises(ManifestError, match=message) as e: make_corpus(read_data(str(home/'wrong.tsv'), 'asr', tmp_path), 'asr', source, tmp_path)
+    with pytest.raises(DataError, match=message) as e: make_corpus(read_data(str(home/'wrong.tsv'), 'asr', tmp_path), 'asr', source, tmp_path)
     assert 'row 5' in str(e.value)
     kept = make_corpus(read_data(str(home/'wrong.tsv'), 'asr', tmp_path), 'asr', source, tmp_path, drop=True)
     assert len(kept.df)==len(df)-1 and len(kept.left_out)==1

@@ -9,7 +9,8 @@ pytest.importorskip('espeakng_loader', reason='generated speech needs the packag
 import cald.commands, cald.speech_data, cald.voices
 from cald.commands import INTENTS, SIZES, partition, plan, voices_of, words
 from cald.corpora import digits_manifest, read_slurp
-from cald.speech_data import (COLUMNS, VOCAB, ManifestError, check_manifest, cnn_frames, corpus_parameters, data_hash, generate,
+from cald.records import DataError
+from cald.speech_data import (COLUMNS, VOCAB, check_manifest, cnn_frames, corpus_parameters, data_hash, generate,
                               load_audio, manifest, needed_frames, read_manifest, write_manifest)
 from cald.voices import RATE, VOICES, Espeak, Voice, draw_room, record, run_jobs, say, write_shard
 from common import data_folder
@@ -178,15 +179,16 @@ def test_manifests_name_file_and_row(tone, kind):
     with (gzip.open if kind.endswith('gz') else open)(path, 'wt') as f: f.write('\n'.join(lines)+'\n')
     df = read_manifest(path)
     assert df.text.tolist()==['go on','go'] and Path(df.audio[0])==tone/'ok.wav'
-    with pytest.raises(ManifestError) as e: check_manifest(df, 'asr')
+    with pytest.raises(DataError) as e: check_manifest(df, 'asr')
     assert f'{path}, row {len(lines)} (gone.wav): no such file' in str(e.value) and 'drop=True' in str(e.value)
     assert len(e.value.problems)==1
 
-@pytest.mark.parametrize('name,content', [('latin.tsv','audio\ttext\na.wav\tcafé\n'.encode('latin-1')), ('wide.tsv','audio\ttext\n'.encode('utf-16')), ('not.tsv.gz',b'audio\ttext\n'),
-                                          ('half.tsv.gz',gzip.compress(b'audio\ttext\n'*9)[:-9])])
-def test_a_manifest_that_is_no_text_is_named(tone, name, content):
+@pytest.mark.parametrize('name,content,said', [('latin.tsv','audio\ttext\na.wav\tcafé\n'.encode('latin-1'),'latin.tsv, row 2: not UTF-8 (byte 0xe9)'),
+                                               ('wide.tsv','audio\ttext\n'.encode('utf-16'),'wide.tsv, row 1: not UTF-8 (byte 0xff)'),
+                                               ('not.tsv.gz',b'audio\ttext\n','not.tsv.gz: damaged (Not a gzipped file'), ('half.tsv.gz',gzip.compress(b'audio\ttext\n'*9)[:-9],'half.tsv.gz: damaged (')])
+def test_a_manifest_that_is_no_text_is_named(tone, name, content, said):
     (tone/name).write_bytes(content)
-    with pytest.raises(ManifestError, match=f'{name} cannot be read as UTF-8 text'): read_manifest(tone/name)
+    with pytest.raises(DataError, match=re.escape(said)): read_manifest(tone/name)
 
 def test_manifest_round_trip(tone):
     df = manifest([dict(id='a', audio=tone/'ok.wav', text="what's up", speaker='é', split='train', start=.1, stop=1/3)])
@@ -228,28 +230,28 @@ def test_faults(tone, said, drop, capsys):
         out = capsys.readouterr().out
         assert '1 of 3 rows' in out and 'left out' in out and said in out
     else:
-        with pytest.raises(ManifestError, match=re.escape(said)) as e: check_manifest(df, 'asr')
+        with pytest.raises(DataError, match=re.escape(said)) as e: check_manifest(df, 'asr')
         assert 'm.tsv, row 3' in str(e.value)
 
 def test_labels(tone):
     labels = [('alarm','set','anna','train'), ('iot','light_on','ben','train'), ('alarm','light_on','ben','dev'), ('alarm','off','carl','test')]
     rows = [dict(audio=tone/'ok.wav', start=.2*i, stop=.2*i+.2, scenario=s, action=a, speaker=p, split=split) for i,(s,a,p,split) in enumerate(labels)]
     df = manifest(rows)
-    with pytest.raises(ManifestError, match="unknown action 'off'"): check_manifest(df, 'intent')
-    with pytest.raises(ManifestError, match="unknown speaker 'carl'"): check_manifest(df, 'speaker')
+    with pytest.raises(DataError, match="unknown action 'off'"): check_manifest(df, 'intent')
+    with pytest.raises(DataError, match="unknown speaker 'carl'"): check_manifest(df, 'speaker')
     assert len(check_manifest(df, 'speaker', labels=dict(speaker={'anna','ben','carl'}))[0])==4
     assert len(check_manifest(df.assign(action=''), 'intent')[0])==4 # intents of one part
-    with pytest.raises(ManifestError, match='no speaker'): check_manifest(df.assign(speaker=''), 'speaker')
-    with pytest.raises(ManifestError): check_manifest(df.assign(audio='gone.wav'), 'asr', drop=True) # nothing would be left
+    with pytest.raises(DataError, match='no speaker'): check_manifest(df.assign(speaker=''), 'speaker')
+    with pytest.raises(DataError): check_manifest(df.assign(audio='gone.wav'), 'asr', drop=True) # nothing would be left
 
 def test_truncated_flac(corpus, tmp_path):
     r = corpus.iloc[0]
     (tmp_path/'half.flac').write_bytes(Path(r.audio).read_bytes()[:300])
-    with pytest.raises(ManifestError, match='half.flac'): check_manifest(corpus.head(1).assign(audio=str(tmp_path/'half.flac')), 'asr')
+    with pytest.raises(DataError, match='half.flac'): check_manifest(corpus.head(1).assign(audio=str(tmp_path/'half.flac')), 'asr')
 
 def test_own_frame_count(tone):
     df = manifest([dict(audio=tone/'ok.wav', text='go on', split='train')])
-    with pytest.raises(ManifestError, match='too short: 4 frames, its transcript needs 5'): check_manifest(df, 'asr', frames=lambda n: n//4000)
+    with pytest.raises(DataError, match='too short: 4 frames, its transcript needs 5'): check_manifest(df, 'asr', frames=lambda n: n//4000)
 
 def test_frames_agree_with_wav2vec2():
     from transformers import Wav2Vec2Config, Wav2Vec2Model
@@ -289,16 +291,19 @@ def test_librispeech_by_manifest(tmp_path):
     t = pd.read_csv(folder/'test-other_transcripts.tsv', sep='\t').head(10)
     rows = [json.dumps(dict(audio=str(next(folder.rglob(f'{u}.flac'))), text=x, speaker=str(s))) for u,x,s in zip(t.utt_id, t.transcript, t.speaker)]
     (tmp_path/'m.jsonl').write_text('\n'.join(rows))
-    with pytest.raises(ManifestError, match='lower case would do'): check_manifest(read_manifest(tmp_path/'m.jsonl'), 'asr')
+    with pytest.raises(DataError, match='lower case would do'): check_manifest(read_manifest(tmp_path/'m.jsonl'), 'asr')
     kept,_ = check_manifest(read_manifest(tmp_path/'m.jsonl', prepare=str.lower), 'asr')
     assert np.allclose(kept.seconds, t.seconds, atol=.02)
 
 def test_slurp_annotations(tmp_path):
     folder = data_folder('slurp_text')
     for name in ('devel','test'): (tmp_path/f'{name}.jsonl').write_bytes((folder/f'{name}.jsonl').read_bytes())
-    for name in ('train','train_synthetic'): (tmp_path/f'{name}.jsonl').write_text('')
+    line = (folder/'devel.jsonl').read_text().splitlines()[0]
+    for name in ('train','train_synthetic'): (tmp_path/f'{name}.jsonl').write_text(line.replace('audio-', f'{name}-'))
     df = read_slurp(tmp_path)
-    assert df.groupby('split').size().to_dict()==dict(dev=8690, test=13078)
+    assert df.groupby('split').size().to_dict()==dict(dev=8690, test=13078, train=2*len(json.loads(line)['recordings']))
     assert df.scenario.nunique()==18
-    with pytest.raises(ManifestError, match=r'5 of 5 rows cannot be used.*devel.jsonl, row 1 \(audio-\d+.*no such file'.replace('.*', '[^~]*')):
-        check_manifest(df.head(5), 'intent')
+    with pytest.raises(DataError, match=r'5 of 5 rows cannot be used.*devel.jsonl, row 1 \(audio-\d+.*no such file'.replace('.*', '[^~]*')):
+        check_manifest(df[df.split=='dev'].head(5), 'intent')
+    (tmp_path/'train.jsonl').write_text('')
+    with pytest.raises(DataError, match='train.jsonl is empty'): read_slurp(tmp_path)

@@ -6,10 +6,11 @@ import numpy as np, pandas as pd, pytest
 from packaging.requirements import Requirement
 
 import cald.text as text, cald.text_data as text_data
+from cald.records import DataError
 from cald.runs import cache_folder
 from cald.stand_ins import SIZES, STAND_INS, read_stand_in, stand_in
 from cald.text import CORPUS, PACKAGES, SMALL, differing, documents, read_docs
-from cald.text_data import HUB, TextError, read_text_task
+from cald.text_data import HUB, read_text_task
 from cald.tokens import Tokens, pack, read_lm, write_tokens
 from common import data_folder
 
@@ -141,7 +142,7 @@ def test_no_network_says_what_to_do(cache, monkeypatch):
     import datasets
     def fail(*a): raise ConnectionError('no route to the hub')
     monkeypatch.setattr(datasets, 'load_dataset', fail)
-    with pytest.raises(TextError, match="nyu-mll/glue could not be loaded .*no route.* give its folder as `data`"): read_text_task('', 'qqp', cache, 'paper')
+    with pytest.raises(DataError, match="nyu-mll/glue could not be loaded .*no route.* give its folder as `data`"): read_text_task('', 'qqp', cache, 'paper')
 
 # ---- real data
 
@@ -150,7 +151,7 @@ def test_sst2_is_read_as_it_lies(cache, capsys, files, train, test):
     folder = data_folder('sst2')
     if files=='sentences':
         message = r'sentences_train.tsv, row \d+: in train, but also in test \(.*sentences_test.tsv, row \d+\)'
-        with pytest.raises(TextError, match=message): read_text_task(folder, 'sst2', cache, files=files)
+        with pytest.raises(DataError, match=message): read_text_task(folder, 'sst2', cache, files=files)
     df = read_text_task(folder, 'sst2', cache, files=files, drop=files=='sentences')
     left = int((re.search(r'(\d+) of \d+ rows cannot be used', capsys.readouterr().out) or [0,0])[1])
     n = sizes(df)
@@ -165,7 +166,7 @@ def test_sst2_is_read_as_it_lies(cache, capsys, files, train, test):
 
 def test_imdb_is_read_as_it_lies(cache):
     folder = data_folder('imdb')
-    with pytest.raises(TextError, match=r'train.jsonl.gz, row \d+: in (train|dev), but also in test'): read_text_task(folder, 'imdb', cache)
+    with pytest.raises(DataError, match=r'train.jsonl.gz, row \d+: in (train|dev), but also in test'): read_text_task(folder, 'imdb', cache)
     df = read_text_task(folder, 'imdb', cache, drop=True)
     n = sizes(df)
     assert n['test']==2500 and 249<=n['dev']<=252 and n['train']+n['dev']==2499
@@ -183,19 +184,19 @@ def test_documents_may_name_their_split(tmp_path, cache):
     df = read_lm(tmp_path/'own.jsonl', cache)
     assert sizes(df)==dict(train=40, dev=30, test=30) and df.text[df.split=='test'].str.endswith('Test').all()
     write('odd.jsonl', 40*['train']+['tset'])
-    with pytest.raises(TextError, match="odd.jsonl, row 41: unknown split 'tset'"): read_lm(tmp_path/'odd.jsonl', cache)
+    with pytest.raises(DataError, match="odd.jsonl, row 41: unknown split 'tset'"): read_lm(tmp_path/'odd.jsonl', cache)
     write('some.jsonl', 40*['train']+[None])
-    with pytest.raises(TextError, match='which split does it belong to'): read_lm(tmp_path/'some.jsonl', cache)
+    with pytest.raises(DataError, match='which split does it belong to'): read_lm(tmp_path/'some.jsonl', cache)
 
 def test_tokens_without_their_index_are_told(tmp_path, cache):
     (tmp_path/'own.bin').write_bytes(b'1234')
-    with pytest.raises(TextError, match='0 .idx files where one is needed'): read_lm(tmp_path, cache)
+    with pytest.raises(DataError, match='0 .idx files where one is needed'): read_lm(tmp_path, cache)
 
 def test_real_text_for_language_models(cache):
     df = read_lm(data_folder('tinyshakespeare')/'input.txt', cache)
     n = df.text.str.len().groupby(df.split).sum()
     assert abs(n['dev']/n.sum()-.05)<.002 and abs(n['test']/n.sum()-.05)<.002 and n.sum()>1_115_000
-    with pytest.raises(TextError, match='no rows of the split train; it has dev, test'): read_lm(data_folder('wikitext2'), cache)
+    with pytest.raises(DataError, match='no rows of the split train; it has dev, test'): read_lm(data_folder('wikitext2'), cache)
     assert sizes(read_lm(data_folder('wikitext2')/'test.txt', cache))==dict(train=1, dev=1, test=1)
 
 def test_real_tokens_survive_writing_reading_and_packing(cache, tmp_path):
@@ -247,7 +248,7 @@ def test_every_pair_of_columns_is_known(tmp_path, cache, a, b):
     ('x.tsv', 'text\tlabel\tsplit\na\t1\ttest\nb\t0\ttest\n', 'no rows of the split train'),
     ('x.tsv', 'text\tlabel\n'+''.join(f'{i}\tsame\n' for i in range(30)), "all rows of train have the label 'same'")])
 def test_bad_files_are_named(tmp_path, cache, name, body, message):
-    with pytest.raises(TextError, match=message): read_text_task(write(tmp_path/name, body), 'sst2', cache)
+    with pytest.raises(DataError, match=message): read_text_task(write(tmp_path/name, body), 'sst2', cache)
 
 def test_selection_never_sees_the_test_split(tmp_path, cache):
     for given in (('train','dev'), ('train','test'), ('train','dev','test')):
