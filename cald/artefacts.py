@@ -241,11 +241,14 @@ def other_inputs(a, prov:dict)->list:
     return new+([f'data'] if now['data'] and had['data']!=now['data'] else []) # data that are not here cannot be compared
 
 def broken(a, folder)->list:
-    "Results of `a` in `folder` that are not whole: a CSV that is not there, or is not the one of its provenance"
+    "Results of `a` in `folder` that are not whole: a CSV that is not there, is not the one of its provenance, or was made at another time than the others"
+    def made(prov): return prov['commit'],prov.get('made_from')
+    first = made(read_json(Path(folder)/f'{a.name}.json'))
     def bad(r):
         csv,prov = Path(folder)/f'{r}.csv',Path(folder)/f'{r}.json'
         if not csv.exists() or not prov.exists(): return f'{r} is not complete'
-        return '' if hashlib.sha256(csv.read_bytes()).hexdigest()==read_json(prov)['csv_sha256'] else f'{r}.csv was edited'
+        if hashlib.sha256(csv.read_bytes()).hexdigest()!=read_json(prov)['csv_sha256']: return f'{r}.csv was edited'
+        return '' if made(read_json(prov))==first else f'{r} is not of the run that made {a.name}'
     return [b for b in map(bad, a.results) if b]
 
 # %% ../nbs/07a_artefacts.ipynb #4296700e

@@ -77,6 +77,9 @@ def test_other_cells_make_the_tables_of_that_notebook_stale(fresh):
 
 def test_an_edited_csv_another_source_and_a_lost_file_are_seen(fresh):
     a = next(a for a in here if a.name=='table3')
+    curves = fresh/'fresh'/'table3_curves.json'
+    curves.write_text(json.dumps({**json.loads(curves.read_text()), 'commit':'1'*40})) # a file of another run was copied there
+    assert judge(a, fresh/'fresh')['why']=='table3_curves is not of the run that made table3'
     weights = fresh/'cald'/'checkpoints'/'wav2vec2-demo'/'model.safetensors'
     weights.write_bytes(weights.read_bytes()+b'\0')
     assert 'source wav2vec2-demo' in judge(a, fresh/'fresh')['why']
