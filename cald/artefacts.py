@@ -51,6 +51,7 @@ _of_text = dict(modules=_text, packages=tuple(PACKAGES))
 _sentences = {f'sst2/{s}.tsv':f'{{data}}/sst2/sentences_{s}.tsv' for s in ('train','dev')} # as in GLUE's folder: dev is what one tests on
 _minilm = dict(source='minilm', drop=True, lr=5e-5, lr_student=1e-3,
                modes=['standard', 'unguided', 'unguided, source', 'target', 'target, source', 'trajectory', 'waypoint', 'hybrid'])
+_all_rows = ['standard', 'standard, random weights', 'unguided', 'unguided, source', 'unguided, searched', 'target', 'target, source', 'trajectory', 'waypoint', 'hybrid', 'random weights']
 _of_speech = dict(modules=_speech, packages=('espeakng-loader',))
 _of_both = dict(packages=(*PACKAGES,'espeakng-loader'), after=('table1','table3'), minutes=5, gpu_hours=1)
 _both = ' '.join(dict.fromkeys(f'{_text} {_speech} analysis'.split()))
@@ -68,10 +69,12 @@ ARTEFACTS = [
     *(Artefact(f'q{i}_{n}', f'Question {i}: {title}', '06c_questions', f'{_both} trajectories questions', dict(questions=[i]), group='questions', free=('questions',), **{**_of_both, 'minutes':m})
       for i,(n,title,m) in enumerate([('shift', 'trajectory guidance and the shift', 4), ('switch', 'where hybrid switches', 4), ('size', 'the size of the training set', 9),
                                       ('parts', 'what carries the conversion', 7), ('loss', 'the layer loss', 7)], 1)),
-    Artefact('source', 'Pretrained against random weights', '05_speech', params=dict(random=True), group='more', minutes=25, **_of_speech),
-    Artefact('sst2', 'Real sentences: SST-2', '04a_nlp', _text, dict(data_sst2='{copies}/sst2', drop=True, table='sst2', tasks=['sst2']), _sentences,
+    Artefact('source', 'Pretrained against random weights: speech', '05_speech', params=dict(random=True), group='more', minutes=25, **_of_speech),
+    Artefact('source_text', 'Pretrained against random weights: text', '04a_nlp', params=dict(modes=['standard', 'standard, random weights'], table='source_text'),
+             files='source_text_modes source_text_curves source_text_settings', group='more', free=('search','rates'), minutes=12, **_of_text),
+    Artefact('sst2', 'Real sentences: SST-2', '04a_nlp', _text, dict(data_sst2='{copies}/sst2', drop=True, table='sst2', tasks=['sst2'], modes=_all_rows), _sentences,
              files='sst2_modes sst2_curves sst2_settings', group='more', free=('search','rates'), minutes=5),
-    Artefact('imdb', 'Real reviews: IMDB', '04a_nlp', _text, dict(data_imdb='{data}/imdb', drop=True, table='imdb', tasks=['imdb'], steps=500),
+    Artefact('imdb', 'Real reviews: IMDB', '04a_nlp', _text, dict(data_imdb='{data}/imdb', drop=True, table='imdb', tasks=['imdb'], steps=500, modes=_all_rows),
              files='imdb_modes imdb_curves imdb_settings', group='more', free=('search','rates'), minutes=20),
     Artefact('sst2_minilm', 'Real sentences, real pretraining: SST-2 with MiniLM', '04a_nlp', _text, dict(_minilm, data_sst2='{copies}/sst2', tasks=['sst2'], table='sst2_minilm', steps=400), _sentences,
              files='sst2_minilm_modes sst2_minilm_curves sst2_minilm_settings', group='more', free=('search','rates'), minutes=25),
