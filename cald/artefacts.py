@@ -35,7 +35,8 @@ class Artefact:
     free:tuple=()           # parameters that make no difference to it
     after:tuple=()          # what must be there first
     minutes:float=None      # of one seed at demo scale on two cores, before anything was measured
-    alone:float=0           # of these, what the notebook itself takes beside its trainings
+    setup:float=0           # of these, what the notebook takes once, for its data and its drawings
+    alone:float=0           # and what it takes for each seed beside the trainings
     gpu_hours:float=None    # of one seed at paper scale
 
     @property
@@ -57,8 +58,8 @@ _of_both = dict(packages=(*PACKAGES,'espeakng-loader'), after=('table1','table3'
 _both = ' '.join(dict.fromkeys(f'{_text} {_speech} analysis'.split()))
 
 ARTEFACTS = [
-    Artefact('table1', 'Table 1: RoBERTa to Linformer', '04a_nlp', files='table1_modes table1_curves', free=('search','rates'), minutes=25, gpu_hours=40, **_of_text),
-    Artefact('table2', 'Table 2: Pythia to Mamba', '04b_lm', _lm, files='table2_modes table2_curves', packages=tuple(PACKAGES), minutes=20, gpu_hours=1500),
+    Artefact('table1', 'Table 1: RoBERTa to Linformer', '04a_nlp', files='table1_modes table1_curves', free=('search','rates'), minutes=25, setup=2.5, gpu_hours=40, **_of_text),
+    Artefact('table2', 'Table 2: Pythia to Mamba', '04b_lm', _lm, files='table2_modes table2_curves', packages=tuple(PACKAGES), minutes=20, setup=1.5, gpu_hours=1500),
     Artefact('table3', 'Table 3: Wav2Vec2 to bidirectional Mamba2', '05_speech', files='table3_modes table3_curves', free=('random',), minutes=25, gpu_hours=690, **_of_speech),
     Artefact('table4', 'Table 4: settings of Table 1', '04a_nlp', free=('search','rates'), minutes=0, gpu_hours=0, **_of_text),
     Artefact('fig1', 'Figure 1: modes of guidance', '06b_drawings', f'{_core} drawings', minutes=1, gpu_hours=0),
@@ -208,8 +209,9 @@ SAME = [
     Same('speech_tasks', 'ace98afa0e47 9659ad73e299', 'db28cb558577', 'errors for splits that are unknown or missing'),
     Same('speech_data', '0b9cd344b8b7 1208e47528bc', 'd5a4db9d7347', 'errors for manifests of one class, that are no text, or with one recording in two splits; rows are read in `records`'),
     Same('corpora', '019bab584afc', '83df96e14fd5', 'the name of an error'),
+    Same('questions', 'd71f659dcc19', '1300395af7fd', 'labels, a legend and intervals in figures'),
     Same('04a_nlp', '05e5ad3c3702', 'a136b47af7fb', 'the note says which tasks are stand-ins'),
-    Same('04b_lm', 'b98e862c3569', '1cfd97087ea9', 'lm-eval is missed before the first training'),
+    Same('04b_lm', 'b98e862c3569', 'a0e52be6d224', 'lm-eval is missed before the first training; other names for results of other steps or sources'),
     Same('05_speech', '1f67793fecf5', 'baca27e08c2b', 'the note says which tasks are stand-ins; other names for results of other steps or sources'),
     Same('06c_questions', '520b07ad021b', '010fcdd40736', 'an error for an unknown question')]
 
@@ -248,10 +250,11 @@ def broken(a, folder)->list:
     def made(prov): return prov['commit'],prov.get('made_from')
     first = made(read_json(Path(folder)/f'{a.name}.json'))
     def bad(r):
-        csv,prov = Path(folder)/f'{r}.csv',Path(folder)/f'{r}.json'
-        if not csv.exists() or not prov.exists(): return f'{r} is not complete'
-        if hashlib.sha256(csv.read_bytes()).hexdigest()!=read_json(prov)['csv_sha256']: return f'{r}.csv was edited'
-        return '' if made(read_json(prov))==first else f'{r} is not of the run that made {a.name}'
+        csv,f = Path(folder)/f'{r}.csv',Path(folder)/f'{r}.json'
+        if not csv.exists() or not f.exists(): return f'{r} is not complete'
+        prov = read_json(f)
+        if hashlib.sha256(csv.read_bytes()).hexdigest()!=prov['csv_sha256']: return f'{r}.csv was edited'
+        return '' if made(prov)==first else f'{r} is not of the run that made {a.name}'
     return [b for b in map(bad, a.results) if b]
 
 # %% ../nbs/07a_artefacts.ipynb #4296700e
@@ -285,4 +288,4 @@ def estimate_minutes(a, seeds:list, workers:int, folder, runs=None, before=froze
     here = [p for p in Path(runs or runs_folder()).glob('*/result.json') if p.parent.name[-12:] in keys-before and read_json(p.parent/'config.json')['cell']['seed'] in seeds]
     share = len(seeds)/len(prov['seeds'])
     done = len(here)+len(keys&before)*share
-    return a.alone*len(seeds)+prov['seconds']/60*share/max(workers, 1)*max(0, 1-done/max(len(keys)*share, 1))
+    return a.setup+a.alone*len(seeds)+prov['seconds']/60*share/max(workers, 1)*max(0, 1-done/max(len(keys)*share, 1))

@@ -115,13 +115,13 @@ def follow(proc, progress, seen:int, poll=.5)->int:
         if code is not None: return code
         time.sleep(poll)
 
-def run_job(job, scale, seeds:list, folder, retrain=False, force=False)->int:
+def run_job(job, scale, seeds:list, folder, retrain=False, force=False, workers=0):
     "Run the notebook of artefacts `job`, and stamp what it wrote; RuntimeError with the end of its log if it fails"
     a,at = job[0],runs_folder()/'notebooks'
     at.mkdir(parents=True, exist_ok=True)
     copy_data(a)
     log,progress,known = at/f'{a.name}.log',runs_folder()/'progress.log',defaults(a.path)
-    params = {k:v for k,v in dict(filled(a.params), scale=scale, seeds=seeds, out=str(folder), retrain=retrain, force=force).items() if k in known}
+    params = {k:v for k,v in dict(filled(a.params), scale=scale, seeds=seeds, out=str(folder), retrain=retrain, force=force, workers=workers).items() if k in known}
     seen,before = progress.stat().st_size if progress.exists() else 0,{b.name:written(b, folder) for b in ARTEFACTS+job}
     with open(log, 'w') as f:
         proc = start_notebook(a.path, at/f'{a.name}.ipynb', params, f)
@@ -156,7 +156,7 @@ def reproduce(names=('all',), scale='demo', seeds=3, publish=False, retrain=Fals
             for i,job in enumerate(work, 1):
                 print(f"[{i}/{len(work)}] {' '.join(a.name for a in job)}: nbs/{job[0].notebook}.ipynb", flush=True)
                 t = time.monotonic()
-                run_job(job, scale, list(range(seeds)), folder, retrain, force)
+                run_job(job, scale, list(range(seeds)), folder, retrain, force, workers)
                 print(f'    done in {say_time((time.monotonic()-t)/60)}', flush=True)
             print(f'{len(write_cards())} model cards written beside the converted models')
     except Timeout: raise RuntimeError('another `cald reproduce` is at work on these runs') from None
@@ -232,7 +232,7 @@ def parser()->argparse.ArgumentParser:
     r.add_argument('--publish', action='store_true', help='write to paper_figures/ and not to runs/SCALE/')
     r.add_argument('--retrain', action='store_true', help='train again what other code has trained')
     r.add_argument('--force', action='store_true', help='replace results of more seeds')
-    r.add_argument('--workers', type=int, default=0, help='trainings at a time that the estimate reckons with; 0: as many as the notebooks use')
+    r.add_argument('--workers', type=int, default=0, help='trainings at a time; 0: one for each core, four at most, or one on an accelerator')
     r.add_argument('--price', type=float, help='of one hour of the machine, for an estimate of the cost')
     r.add_argument('-n', '--dry-run', action='store_true', help='only say what would be done, and how long it would take')
     for name,text,fn in (('status','Every table and figure: fresh, stale and why, or missing; at which scale, from which commit.',cmd_status),

@@ -39,15 +39,16 @@ def beside(level, gain)->pd.DataFrame:
 def plot_rows(level, tasks:dict, x:dict, # row -> position
               lines:dict,                # legend -> its rows
               xlabel:str, log:bool=False, base:str='standard', colours:dict=None):
-    "`level` against `x`, a panel for each task: mean and 95 % interval of each row, lines through those that belong together; the mean of `base` is dotted"
+    "`level` against `x`, a panel for each task: mean and 95 % interval of each row, lines through those that belong together; the mean of a `base` without a line is dotted"
     have,at = [t for t in tasks if t in set(level.task)],sorted(set(x.values()))
     fig,axs = plt.subplots(1, len(have), figsize=(4.2*len(have), 3.2), squeeze=False, layout='constrained')
     for ax,t in zip(axs[0], have):
         g = level[level.task==t].set_index('row')
-        if base in g.index and base not in x: ax.axhline(g['mean'][base], color=COLOURS['standard'], lw=1, ls=':', label=base)
-        for name,rows in lines.items():
+        if base in g.index and base not in {*x, *lines}: ax.axhline(g['mean'][base], color=COLOURS['standard'], lw=1, ls=':', label=base)
+        for i,(name,rows) in enumerate(lines.items()):
             own = g.loc[sorted((r for r in rows if r in g.index), key=x.get)]
-            c,xs = (colours or {}).get(name) or colour_of(name),own.index.map(x)
+            aside = 1.04**(i-(len(lines)-1)/2) if log else 1 # so that intervals stand beside each other
+            c,xs = (colours or {}).get(name) or colour_of(name),own.index.map(x)*aside
             ax.plot(xs, own['mean'], marker='o', ms=4, lw=1.4, color=c, label=name)
             ax.vlines(xs, own.low, own.high, color=c, lw=1, alpha=.6)
         ax.set(title=f'{tasks[t].title}, {"more" if tasks[t].higher else "less"} is better', xlabel=xlabel)
@@ -88,11 +89,15 @@ def plot_gain(points, titles):
     overs = list(dict.fromkeys(points.over))
     fig,axs = plt.subplots(1, len(overs), figsize=(4.6*len(overs), 3.4), layout='constrained', squeeze=False)
     for ax,over in zip(axs[0], overs):
-        for r in points[points.over==over].itertuples():
-            c = KIND_COLOURS[r.kind]
+        own = points[points.over==over]
+        wide,high = (own[c].max()-own[c].min() for c in ('shift','mean'))
+        for r in own.itertuples():
+            c,right = KIND_COLOURS[r.kind],own['shift']-r.shift
+            left = (right.between(0, .1*wide, inclusive='right') & ((own['mean']-r.mean).abs()<=.1*high)).any() # its label would lie on a neighbour
             if r.n>1: ax.plot([r.shift]*2, [r.low,r.high], color=c, lw=1.2, alpha=.6)
             ax.plot(r.shift, r.mean, 'o', color=c, ms=6)
-            ax.annotate(titles[r.task], (r.shift,r.mean), xytext=(6,3), textcoords='offset points', fontsize=8)
+            ax.annotate(titles[r.task], (r.shift,r.mean), xytext=(-6 if left else 6,3), textcoords='offset points', ha='right' if left else 'left', fontsize=8)
+        ax.margins(x=.2)
         ax.axhline(0, color='.6', lw=.8)
         ax.set(xlabel='shift of the standard model, cosine distance', ylabel='points that trajectory is better' if ax is axs[0][0] else '', title=f'than {over}')
         ax.grid(alpha=.3)

@@ -117,7 +117,7 @@ from cald.runs import *
 scale_settings('toy-paper', demo=dict(steps=2))
 def fit(c, run): time.sleep(.6); return dict(score=float(c.seed))
 results = train_missing(grid(task='toy-paper', source='toy', mixer='none', mode='plain', scale=scale, seed=seeds), fit, Store(), 'points')
-write_table('toy', summarise(results, 'mode', 'task', 'score'), results, out_folder(out, scale), params=dict(scale=scale, seeds=seeds))"""
+write_table('toy', summarise(results, 'mode', 'task', 'score'), results, out_folder(out, scale), params=dict(scale=scale, seeds=seeds, workers=workers))"""
 toys = [Artefact('toy', 'A toy', 'toy', minutes=1)]
 run = f"import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from cald.artefacts import Artefact; from cald.paper import reproduce; reproduce(seeds=10, artefacts={toys})"
 
@@ -125,7 +125,7 @@ run = f"import signal; signal.signal(signal.SIGINT, signal.default_int_handler);
 def toy(tmp_path, monkeypatch):
     (tmp_path/'nbs').mkdir(); (tmp_path/'settings.ini').write_text('lib_name = cald\n')
     code = [dict(cell_type='code', id=f'c{i}', source=s, metadata=dict(tags=t), outputs=[], execution_count=None)
-            for i,(s,t) in enumerate([("scale:str = 'demo'\nseeds:list[int] = [0]\nout:str = ''", ['parameters']), (cell, [])])]
+            for i,(s,t) in enumerate([("scale:str = 'demo'\nseeds:list[int] = [0]\nout:str = ''\nworkers:int = 0", ['parameters']), (cell, [])])]
     meta = dict(kernelspec=dict(name='python3', display_name='python3', language='python'))
     (tmp_path/'nbs'/'toy.ipynb').write_text(json.dumps(dict(cells=code, metadata=meta, nbformat=4, nbformat_minor=5)))
     monkeypatch.chdir(tmp_path)
@@ -156,6 +156,10 @@ def test_killed_it_leaves_no_process_and_goes_on_where_it_was(toy, capsys):
     capsys.readouterr()
     reproduce(seeds=10, artefacts=toys)
     assert 'Nothing to do' in capsys.readouterr().out
+
+def test_the_notebooks_use_as_many_workers_as_they_are_given(toy):
+    folder = reproduce(seeds=1, artefacts=toys, workers=3)
+    assert json.loads((folder/'toy.json').read_text())['parameters']['workers']==3
 
 def test_a_checkout_of_another_cald_is_refused(copy, monkeypatch, capsys):
     monkeypatch.chdir(copy/'nbs')
