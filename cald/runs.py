@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['Interval', 'STATS', 'estimate', 'say', 'tell_stale', 'begin', 'agree', 'can_start', 'longest_first', 'train_missing',
            'default_workers', 'helpers', 'mean_ci', 'summarise', 'wide', 'to_markdown', 'unplaced', 'distinct',
-           'provenance', 'objection', 'write_result', 'write_table', 'write_figure', 'compare_with_committed',
-           'check_parameters', 'out_of_range', 'paper_numbers', 'write_readme', 'SCALES', 'SETTINGS', 'scale_settings',
-           'settings', 'default_scale', 'Cell', 'cell', 'grid', 'key', 'fingerprint', 'Run', 'Store', 'digest',
-           'hash_files', 'check_name', 'write_atomic', 'write_json', 'read_json', 'runs_folder', 'cache_folder',
-           'out_folder']
+           'provenance', 'objection', 'write_result', 'result_name', 'listed', 'write_table', 'write_figure',
+           'compare_with_committed', 'check_parameters', 'out_of_range', 'paper_numbers', 'write_readme', 'SCALES',
+           'SETTINGS', 'scale_settings', 'settings', 'default_scale', 'Cell', 'cell', 'grid', 'key', 'fingerprint',
+           'Run', 'Store', 'digest', 'hash_files', 'check_name', 'write_atomic', 'write_json', 'read_json',
+           'runs_folder', 'cache_folder', 'out_folder']
 
 # %% ../nbs/03b_runs.ipynb #1b1ea97f
 import hashlib, importlib.resources, io, json, math, os, re, subprocess, sys, time, typing
@@ -235,6 +235,16 @@ def write_result(name, csv, files, results, out, params=None, force=False)->list
     return [out/f'{name}.{end}' for end in ('csv',*files,'json')]
 
 # %% ../nbs/03b_runs.ipynb #fdacd8dd
+def result_name(table:str, own, # data of one's own?
+                source:str, known, # the checkpoints that need no word
+                scale:str, changed)->str: # other settings?
+    "The name of a result: `table` with a word for each thing that differs from it"
+    return '_'.join([table, *['own']*bool(own), *[Path(source).name]*(source not in known and scale!='smoke'), *['changed']*bool(changed)])
+
+def listed(names:list)->str:
+    "The names in a sentence: 'a, b and c'"
+    return ' and '.join(filter(None, [', '.join(names[:-1]), *names[-1:]]))
+
 def write_table(name, df, results, out,
         shown=None,  # the table as a reader wants it, for the .md; `df` when None
         note='',     # a line below it
