@@ -16,9 +16,10 @@ from fastcore.meta import delegates
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.utils import logging as hf_logging
-from .guidance import Guidance, Unguided, all_states, state_length, state_mask
-from .state import (EpochSampler, SeededBatches, checkpoints, delete_checkpoint, last_checkpoint, load_state, save_state,
-                        what_is_wrong, write_manifest)
+from .guidance import Guidance,Unguided
+from .hidden_states import complete_hidden_states,state_length,state_mask
+from .resume import (checkpoint_problem,delete_checkpoint,EpochSampler,last_checkpoint,list_checkpoints,
+                         load_state,save_state,SeededBatches,write_checkpoint_manifest)
 
 # %% ../nbs/03_distill.ipynb #8b5f3637
 _log = logging.getLogger('cald')
@@ -125,7 +126,7 @@ class Distiller(Trainer):
         if progress!='none': self.add_callback({'bar': transformers.ProgressCallback, 'line': ProgressLines}[progress])
 
 # %% ../nbs/03_distill.ipynb #b3d4e1cd
-def _same(batch): return batch
+def _identity(batch): return batch
 
 # %% ../nbs/03_distill.ipynb #3235f77c
 @patch
@@ -139,7 +140,7 @@ def get_train_dataloader(self:Distiller):
     seed = args.seed if args.data_seed is None else args.data_seed
     self._sampler = EpochSampler(self._get_train_sampler(ds), seed)
     return self.accelerator.prepare(DataLoader(SeededBatches(ds, collate, seed), batch_size=self._train_batch_size, sampler=self._sampler,
-        collate_fn=_same, drop_last=args.dataloader_drop_last, num_workers=args.dataloader_num_workers,
+        collate_fn=_identity, drop_last=args.dataloader_drop_last, num_workers=args.dataloader_num_workers,
         pin_memory=args.dataloader_pin_memory, persistent_workers=args.dataloader_persistent_workers,
         prefetch_factor=args.dataloader_prefetch_factor))
 
@@ -190,7 +191,7 @@ def compute_loss(self:Distiller, model, inputs, return_outputs=False, num_items_
     with self.accelerator.autocast(): teacher = self.guidance.teacher_forward(inputs, self.state.global_step)
     if teacher is None: outputs = model(**self._model_inputs(inputs))
     else:
-        with all_states(self.model) as fill: outputs = fill(model(**self._model_inputs(inputs), output_hidden_states=True))
+        with complete_hidden_states(self.model) as fill: outputs = fill(model(**self._model_inputs(inputs), output_hidden_states=True))
     parts,accum = {'task': self._task(outputs, inputs)},self.current_gradient_accumulation_steps
     task,weight = self._shares.pop(0) if self.task_sum else (1,None)
     parts['task'] = parts['task']*task
@@ -299,9 +300,9 @@ def _save_checkpoint(self:Distiller, model, trial=None):
                                        'logged': self._logged})
     self.accelerator.wait_for_everyone()
     if not main: return
-    write_manifest(folder)
+    write_checkpoint_manifest(folder)
     best = self.state.best_model_checkpoint
-    old = [p for p in checkpoints(folder.parent) if p!=folder and not (best and p.samefile(best))]
+    old = [p for p in list_checkpoints(folder.parent) if p!=folder and not (best and p.samefile(best))]
     if limit: [delete_checkpoint(p) for p in old[:max(len(old)+1-limit, 0)]]
 
 # %% ../nbs/03_distill.ipynb #9cd15c9c
@@ -341,7 +342,7 @@ def train(self:Distiller,
     if resume or folder is True:
         folder = last_checkpoint(self.args.output_dir)
         if folder is None and not resume: raise FileNotFoundError(f'no complete checkpoint in {self.args.output_dir}')
-    elif folder and (why := what_is_wrong(folder)): raise ValueError(f'cannot go on from {folder}: {why}')
+    elif folder and (why := checkpoint_problem(folder)): raise ValueError(f'cannot go on from {folder}: {why}')
     elif not folder and (old := last_checkpoint(self.args.output_dir)):
         _log.warning(f'{old} is from an earlier run, and resume=True would go on from it; this run starts anew')
     self._resume,self._stopped = folder and Path(folder),False

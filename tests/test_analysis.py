@@ -2,8 +2,8 @@
 import json, os
 from pathlib import Path
 import numpy as np, pandas as pd, papermill as pm, pytest, torch
-from cald.analysis import CKA, Sums, cka, pwcca, svcca
-from cald.states import pick, record_steps, states
+from cald.paper.cka import CKA,cka,pwcca,Sums,svcca
+from cald.hidden_states import collect_states,record_steps,sample_positions
 
 root = Path(__file__).parents[1]
 
@@ -87,7 +87,7 @@ def test_cca_sees_no_linear_map_and_stands_rank_loss():
 
 def test_positions_are_valid_and_even():
     mask = torch.tensor([[1,1,1,1,1,1],[0,0,1,1,0,0],[0]*6]).bool()
-    at = pick(mask, 3)
+    at = sample_positions(mask, 3)
     assert mask[at].all() and at[0].tolist()==[0,0,0,1,1] and at[1].tolist()[:3]==[0,2,5]
     assert record_steps(1)==[0,1] and len(record_steps(90_000, 20))<=21
 
@@ -95,7 +95,7 @@ def test_states_leave_no_trace_when_the_model_fails():
     from transformers import RobertaConfig, RobertaModel
     m = RobertaModel(RobertaConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)).train()
     hooks,rng = sum(len(x._forward_hooks) for x in m.modules()),torch.get_rng_state()
-    with pytest.raises(IndexError): states(m, dict(input_ids=torch.tensor([[10]])), ['encoder.layer.0'])
+    with pytest.raises(IndexError): collect_states(m, dict(input_ids=torch.tensor([[10]])), ['encoder.layer.0'])
     assert m.training and sum(len(x._forward_hooks) for x in m.modules())==hooks and torch.get_rng_state().equal(rng)
 
 @pytest.fixture

@@ -7,8 +7,8 @@ from transformers import (AutoModelForCausalLM, DynamicCache, GPTNeoXConfig, GPT
 
 import cald.mixers
 from cald.convert import convert
-from cald.mixers import Bidirectional, Mamba, Mamba2, MixerState
-from cald.students import MixerLayer
+from cald.mixers import Bidirectional,Mamba,Mamba2,MixerState
+from cald.models import MixerCacheLayer
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -59,7 +59,7 @@ def fed(m, ids, mask, cut, cache=None):
 
 def held(cache):
     "Bytes of storage that each layer of `cache` keeps"
-    kept = [l.state if isinstance(l, MixerLayer) else (l.keys,l.values) for l in cache.layers]
+    kept = [l.state if isinstance(l, MixerCacheLayer) else (l.keys,l.values) for l in cache.layers]
     return [sum(t.untyped_storage().nbytes() for t in ts) for ts in kept]
 
 def close(a, b, eps=1e-9): torch.testing.assert_close(a, b, rtol=eps, atol=eps)
@@ -189,7 +189,7 @@ def test_generate_is_the_same_with_a_cache_and_without(to, layers, way):
     m,x = model(to, layers),prompts('left')
     a,b = (write(m, x, return_dict_in_generate=True, **WAYS[way], **more) for more in ({},dict(use_cache=False)))
     assert torch.equal(a.sequences, b.sequences) and b.past_key_values is None
-    assert a.past_key_values.get_seq_length()==N+7 and isinstance(a.past_key_values.layers[m.config.cald['layers'][0]], MixerLayer)
+    assert a.past_key_values.get_seq_length()==N+7 and isinstance(a.past_key_values.layers[m.config.cald['layers'][0]], MixerCacheLayer)
 
 @mixers
 @layouts
@@ -293,7 +293,7 @@ def test_training_and_plain_calls_make_no_cache(to, monkeypatch):
     want = m(**x, output_hidden_states=True).hidden_states
     def no(*_): raise AssertionError('a cache')
     with monkeypatch.context() as mp:
-        mp.setattr(MixerLayer, '__init__', no)
+        mp.setattr(MixerCacheLayer, '__init__', no)
         out = m(**x, output_hidden_states=True)
         assert out.past_key_values is None and all(map(torch.equal, out.hidden_states, want))
         m.train().requires_grad_(True)
@@ -364,5 +364,5 @@ def test_pads_that_enter_a_state_are_noticed(monkeypatch):
 
 @pytest.mark.parametrize('method', ['reorder_cache','batch_select_indices','batch_repeat_interleave'])
 def test_rows_that_stay_behind_are_noticed(monkeypatch, method):
-    monkeypatch.setattr(MixerLayer, method, lambda *_: None)
+    monkeypatch.setattr(MixerCacheLayer, method, lambda *_: None)
     with pytest.raises((AssertionError,RuntimeError,ValueError)): test_states_follow_the_rows('mamba')

@@ -11,8 +11,8 @@ from transformers import (AutoConfig, AutoModel, AutoModelForAudioClassification
     Wav2Vec2Config, Wav2Vec2ForCTC, Wav2Vec2ForSequenceClassification, Wav2Vec2Model)
 
 import cald
-from cald.convert import convert, families, report, transfer
-from cald.students import FAMILIES, register_head
+from cald.convert import convert,families,report,transfer
+from cald.models import FAMILIES,register_head
 
 root = Path(__file__).parents[1]
 transformers.logging.set_verbosity_error()

@@ -6,10 +6,10 @@ import pytest, torch
 from accelerate.state import AcceleratorState
 from transformers import AutoModel, AutoModelForCausalLM, RobertaConfig, RobertaForSequenceClassification, TrainingArguments
 
-from cald import mixers
+from cald import ops
 from cald.convert import convert
-from cald.distill import Distiller, find_snapshots
-from cald.guidance import Hybrid, Target, Trajectory, Unguided, Waypoint
+from cald.distill import Distiller,find_snapshots
+from cald.guidance import Hybrid,Target,Trajectory,Unguided,Waypoint
 from cald.pretrained import shipped
 from test_mixers import SCANS, halved, rms
 
@@ -24,8 +24,8 @@ def exact(monkeypatch):
 @pytest.fixture(params=['torch','mamba_ssm'])
 def by(request, monkeypatch):
     "The backend"
-    if request.param=='torch': monkeypatch.setattr(mixers, 'kernels', lambda: None)
-    elif mixers.kernels() is None: pytest.skip('mamba_ssm is not installed')
+    if request.param=='torch': monkeypatch.setattr(ops, 'mamba_ssm_kernels', lambda: None)
+    elif ops.mamba_ssm_kernels() is None: pytest.skip('mamba_ssm is not installed')
     return request.param
 
 def near(by, mamba2, otherwise):
@@ -42,7 +42,7 @@ def test_a_scan_is_the_recurrence_in_float64(name, l, by):
     fast,slow,make,_ = SCANS[name]
     a64 = [t.requires_grad_() for t in make(l=l, dt=4, **SIZES[name])]
     a = [t.detach().float().cuda().requires_grad_() for t in a64]
-    assert mixers.backend('cuda')==by
+    assert ops.backend('cuda')==by
     (y,S),(y64,S64) = fast(*a),slow(*a64)
     weights = torch.randn_like(y64)
     found,wanted = (torch.autograd.grad((out*w).sum(), wrt) for out,w,wrt in ((y,weights.float().cuda(),a),(y64,weights,a64)))

@@ -9,9 +9,11 @@ from transformers import (GPTNeoXConfig, GPTNeoXForCausalLM, RobertaConfig, Robe
                           Wav2Vec2Config, Wav2Vec2ForCTC)
 
 from cald.convert import convert
-from cald.distill import Distiller, find_snapshots, seed_all
-from cald.guidance import Hybrid, Target, Trajectory, Unguided, Waypoint, load_model, loss_preset
-from cald.state import MANIFEST, EpochSampler, SeededBatches, checkpoints, last_checkpoint, what_is_wrong, write_manifest
+from cald.distill import Distiller,find_snapshots,seed_all
+from cald.guidance import Hybrid,load_snapshot,Target,Trajectory,Unguided,Waypoint
+from cald.losses import loss_preset
+from cald.resume import (checkpoint_problem,EpochSampler,last_checkpoint,list_checkpoints,MANIFEST,
+                         SeededBatches,write_checkpoint_manifest)
 
 
 def speech(seed=0, **kw):
@@ -176,7 +178,7 @@ FILES = ['model.safetensors','config.json','optimizer.pt','scheduler.pt','rng_st
 def test_a_damaged_checkpoint_is_passed_over(name, damage, run_with_checkpoints, tmp_path, caplog):
     run = shutil.copytree(run_with_checkpoints, tmp_path/'run')
     f = run/'checkpoint-8'/name
-    assert not what_is_wrong(f.parent)
+    assert not checkpoint_problem(f.parent)
     f.unlink() if damage=='gone' else f.write_bytes(f.read_bytes()[:-2])
     assert last_checkpoint(run).name=='checkpoint-4'
     assert 'checkpoint-8 is passed over' in caplog.text and (name in caplog.text or damage=='gone')
@@ -191,7 +193,7 @@ def test_nothing_is_unpickled(run_with_checkpoints, tmp_path):
         for data in (pickle.dumps(Bomb()), None):
             if data: (folder/name).write_bytes(data)
             else: torch.save(Bomb(), folder/name)
-            write_manifest(folder)
+            write_checkpoint_manifest(folder)
             with pytest.raises(pickle.UnpicklingError): distiller(tmp_path/'out', Trajectory(speech(4), lr=1e-3)).train(folder)
         assert not (tmp_path/'boom').exists()
     assert not [p for p in (run_with_checkpoints/'checkpoint-4').iterdir() if p.suffix in ('.bin','.pkl')]
@@ -204,14 +206,14 @@ def test_the_last_complete_checkpoint_outlives_a_failed_one(tmp_path, monkeypatc
     d = distiller(tmp_path, save_strategy='steps', save_steps=2, save_total_limit=1)
     def fail(folder):
         if folder.name=='checkpoint-6': raise OSError('disk full')
-        write_manifest(folder)
-    monkeypatch.setattr('cald.distill.write_manifest', fail)
+        write_checkpoint_manifest(folder)
+    monkeypatch.setattr('cald.distill.write_checkpoint_manifest', fail)
     with pytest.raises(OSError, match='disk full'): d.train()
-    assert last_checkpoint(tmp_path).name=='checkpoint-4' and [p.name for p in checkpoints(tmp_path)]==['checkpoint-4','checkpoint-6']
+    assert last_checkpoint(tmp_path).name=='checkpoint-4' and [p.name for p in list_checkpoints(tmp_path)]==['checkpoint-4','checkpoint-6']
     monkeypatch.undo()
     d = distiller(tmp_path, save_strategy='steps', save_steps=2, save_total_limit=1)
     d.train(resume=True)
-    assert [p.name for p in checkpoints(tmp_path)]==['checkpoint-8']
+    assert [p.name for p in list_checkpoints(tmp_path)]==['checkpoint-8']
 
 def test_the_best_checkpoint_is_kept_and_loaded(tmp_path):
     d = distiller(tmp_path, Target(speech(3)), save_strategy='steps', eval_strategy='steps', save_steps=2, eval_steps=2, save_total_limit=1,
@@ -330,7 +332,7 @@ QUIET = dict(layerdrop=0., mask_time_prob=0.)
 def test_after_the_switch_a_step_is_one_of_an_unguided_run(kind, snapshots, tmp_path):
     "No teacher runs, learns or is read, no state is gathered, no work is done that an unguided run does not do; also in runs that go on before and after it"
     loads = []
-    def load(folder): loads.append(folder.name); return load_model(folder)
+    def load(folder): loads.append(folder.name); return load_snapshot(folder)
     inner = dict(target=lambda: Target(speech(3, **QUIET)), trajectory=lambda: Trajectory(speech(4, **QUIET), lr=1e-3),
                  waypoint=lambda: Waypoint(snapshots, load=load))[kind]
     def run(folder, g, resume=None, work=(4,5,7), **kw):

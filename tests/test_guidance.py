@@ -5,9 +5,10 @@ import numpy as np, pytest, torch, torch.nn.functional as F
 from transformers import RobertaConfig, RobertaForSequenceClassification, Wav2Vec2Config, Wav2Vec2ForCTC, get_scheduler
 from transformers.utils import ModelOutput
 
-from cald.guidance import (HiddenLoss, Hybrid, Target, Trajectory, Unguided, Waypoint, all_states, loss_preset, run_teacher, state_length,
-                           state_mask)
-from cald.state import load_state, own_rng, save_state
+from cald.guidance import Hybrid,Target,Trajectory,Unguided,Waypoint
+from cald.hidden_states import complete_hidden_states,run_teacher,state_length,state_mask
+from cald.losses import HiddenLoss,loss_preset
+from cald.resume import load_state,save_state,seeded_rng
 
 
 def roberta(seed=0, dropout=0.1):
@@ -135,7 +136,7 @@ def test_a_skipped_layer_hands_on_its_input():
     seen = set()
     for seed in range(12):
         torch.manual_seed(seed)
-        with torch.no_grad(), all_states(model) as fill: hs = fill(model(**x, output_hidden_states=True)).hidden_states
+        with torch.no_grad(), complete_hidden_states(model) as fill: hs = fill(model(**x, output_hidden_states=True)).hidden_states
         torch.manual_seed(seed)
         skip = [bool(torch.rand([])<0.5) for _ in enc.layers]
         h = hs[0]
@@ -167,7 +168,7 @@ def test_a_teacher_in_train_mode_leaves_the_generators_alone_and_repeats_itself(
 
 def test_own_rng_is_undone_by_an_error():
     state = torch.get_rng_state()
-    with pytest.raises(KeyError), own_rng(1): torch.rand(3); raise KeyError
+    with pytest.raises(KeyError), seeded_rng(1): torch.rand(3); raise KeyError
     assert torch.equal(torch.get_rng_state(), state)
 
 

@@ -7,10 +7,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig
 
 import cald.experiment
 from cald.convert import convert
-from cald.lm import Lm, LmRecipe, Rows, TokenRows, hold_out, judge, load_lm, smoke_source, zero_shot
-from cald.records import DataError
-from cald.runs import Store, cell, settings
-from cald.tokens import Tokens, pack, write_tokens
+from cald.paper.table2 import evaluate_lm,hold_out,Lm,LmRecipe,load_lm,Rows,smoke_gpt_neox,TokenRows,zero_shot
+from cald.data.tables import DataError
+from cald.lab.grid import cell,settings
+from cald.lab.store import Store
+from cald.data.tokens import pack,Tokens,write_tokens
 from common import train
 
 transformers.logging.set_verbosity_error()
@@ -20,7 +21,7 @@ transformers.logging.disable_progress_bar()
 def cache(tmp_path_factory): return tmp_path_factory.mktemp('lm')
 
 @pytest.fixture(scope='session')
-def source(cache): return smoke_source(cache)
+def source(cache): return smoke_gpt_neox(cache)
 
 def read(source, cache, tasks=('small',), **kw):
     exp = Lm()
@@ -114,12 +115,12 @@ def test_interrupted_is_uninterrupted(source, cache, tmp_path, mode, monkeypatch
     def key(store): return store.run(c, data['small'].hash)
     whole,cut = (Store(tmp_path/n, exp.modules) for n in ('whole','cut'))
     run_one(exp, data, source, whole, mode, **kw)
-    was,n = cald.experiment.TableDistiller.evaluate,[]
+    was,n = cald.lab.experiment.TableDistiller.evaluate,[]
     def stop(self, *a, **k):
         n.append(1)
         if len(n)==3: raise RuntimeError('the power went')
         return was(self, *a, **k)
-    monkeypatch.setattr(cald.experiment.TableDistiller, 'evaluate', stop)
+    monkeypatch.setattr(cald.lab.experiment.TableDistiller, 'evaluate', stop)
     with pytest.raises(RuntimeError, match='the power went'): run_one(exp, data, source, cut, mode, **kw)
     assert not key(cut).done
     run_one(exp, data, source, cut, mode, **kw)
@@ -158,7 +159,7 @@ def test_the_papers_sizes(source):
 def test_judging_does_not_depend_on_the_batch_and_leaves_the_model_as_it_was(source, cache):
     exp,data = read(source, cache)
     ds,m = data['small'].parts['test'],load_lm(source).train()
-    a,b = (judge(m, Rows(ds.rows, len(ds), n, exp.tokenizer)) for n in (3,16))
+    a,b = (evaluate_lm(m, Rows(ds.rows, len(ds), n, exp.tokenizer)) for n in (3,16))
     assert a==pytest.approx(b, rel=1e-5) and m.training
 
 # ---- the harness

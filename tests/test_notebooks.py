@@ -3,9 +3,9 @@ import json, os, re, subprocess, sys
 from dataclasses import replace
 from pathlib import Path
 import pandas as pd, papermill as pm, pytest
-from cald import artefacts
-from cald.artefacts import ARTEFACTS, module_hash
-from cald.paper import main
+from cald.paper import status
+from cald.paper.status import ARTEFACTS,module_hash
+from cald.paper.cli import main
 
 root = Path(__file__).parents[1]
 pytest.importorskip('espeakng_loader', reason='generated speech needs the extra `demo`')
@@ -27,7 +27,7 @@ def results(store): return {p: p.stat().st_mtime_ns for p in (store/'runs').glob
 
 def test_speech_writes_tables_figures_and_provenance_and_trains_once(store, monkeypatch, capsys):
     figures = sorted((root/'paper_figures').rglob('*'))
-    monkeypatch.setattr(artefacts, 'ARTEFACTS', [replace(next(a for a in ARTEFACTS if a.name=='table3'), params=only)])
+    monkeypatch.setattr(status, 'ARTEFACTS', [replace(next(a for a in ARTEFACTS if a.name=='table3'), params=only)])
     def cald(*args): assert main(args)==0; return capsys.readouterr().out
     assert 'model cards written' in cald('reproduce', 'table3', '--scale', 'smoke')
     out = store/'runs'/'smoke'
@@ -35,7 +35,7 @@ def test_speech_writes_tables_figures_and_provenance_and_trains_once(store, monk
     assert set(df['mode'])=={'standard','hybrid'} and set(df.metric)=={'WER','CER'} and (df.n==1).all() and df['mean'].notna().all()
     prov = json.loads((out/'table3.json').read_text())
     assert prov['scale']==['smoke'] and prov['seeds']==[0] and {'commit','environment','device','seconds','csv_sha256'} <= prov.keys()
-    assert prov['made_from']['modules']['speech']==module_hash('speech')
+    assert prov['made_from']['modules']['paper.table3']==module_hash('paper.table3')
     assert re.search(r'table3 .*fresh +smoke', cald('status', '--out', str(out)))
     assert {p.name for p in out.iterdir()}=={f'table3{n}.{e}' for n,es in {'':('csv','md','json'), '_modes':('csv','png','pdf','json'), '_curves':('csv','png','pdf','json')}.items() for e in es}
     trained = results(store)

@@ -3,20 +3,27 @@ import ast, hashlib, json, multiprocessing, os, re, socket, time
 from dataclasses import fields, replace
 from pathlib import Path
 import numpy as np, pandas as pd, psutil, pytest, torch
-from cald.runs import *
-from cald import runs, store
+from cald.files import cache_folder,hash_files,read_json,runs_folder,write_json
+from cald.lab.grid import Cell,cell,grid,run_key,scale_settings,SCALES
+from cald.lab.queue import train_missing
+from cald.lab.results import (check_parameters,compare_with_committed,mean_ci,paper_numbers,provenance,
+                              summarise,write_figure,write_table)
+from cald.lab.store import fingerprint,git_state,normalised_ast,out_folder,Store
+from cald.paper.pages import write_readme
+from cald.lab import queue
+from cald.lab.grid import SETTINGS
 
 root = Path(__file__).parents[1]
 base = dict(steps=10, lr=1e-3, layers=(0,1), bf16=False, loss='default')
 
 @pytest.fixture
 def toy(monkeypatch):
-    monkeypatch.setitem(store.SETTINGS, 'toy', {s:dict(base) for s in SCALES})
+    monkeypatch.setitem(SETTINGS, 'toy', {s:dict(base) for s in SCALES})
     return cell('toy', source='a', mixer='mamba2', mode='target', seed=1)
 
 # One process imports the library once and forks the others, which start in no time
 ctx = multiprocessing.get_context('forkserver')
-ctx.set_forkserver_preload(['cald.runs'])
+ctx.set_forkserver_preload(['cald.lab.queue'])
 
 def child(fn, args, env):
     os.environ.update(env)
@@ -42,37 +49,37 @@ def other(v):
 def test_key_changes_with_every_field(toy):
     for f in fields(Cell):
         if f.name in ('overrides','scale'): continue
-        assert key(replace(toy, **{f.name:other(getattr(toy, f.name))}), 'h')!=key(toy, 'h'), f.name
-    assert len({key(replace(toy, scale=s), 'h') for s in SCALES})==len(SCALES)
-    assert key(toy, 'h')!=key(toy, 'g')
+        assert run_key(replace(toy, **{f.name:other(getattr(toy, f.name))}), 'h')!=run_key(toy, 'h'), f.name
+    assert len({run_key(replace(toy, scale=s), 'h') for s in SCALES})==len(SCALES)
+    assert run_key(toy, 'h')!=run_key(toy, 'g')
 
 @pytest.mark.parametrize('name', base)
 def test_key_changes_with_every_override_and_every_setting_of_the_scale(toy, monkeypatch, name):
-    keys = [key(toy, 'h'), key(cell('toy', source='a', mixer='mamba2', mode='target', seed=1, **{name:other(base[name])}), 'h')]
-    monkeypatch.setitem(store.SETTINGS, 'toy', {s:{**base, name:other(other(base[name])) if not isinstance(base[name], bool) else None} for s in SCALES})
-    assert len({*keys, key(toy, 'h')})==3
+    keys = [run_key(toy, 'h'), run_key(cell('toy', source='a', mixer='mamba2', mode='target', seed=1, **{name:other(base[name])}), 'h')]
+    monkeypatch.setitem(SETTINGS, 'toy', {s:{**base, name:other(other(base[name])) if not isinstance(base[name], bool) else None} for s in SCALES})
+    assert len({*keys, run_key(toy, 'h')})==3
 
 def test_key_does_not_depend_on_order_process_or_how_the_default_is_spelt(toy, tmp_path):
     kw = dict(source='a', mixer='mamba2', mode='target', seed=1)
     a,b = cell('toy', **kw, steps=3, lr=.1),cell('toy', lr=.1, steps=3, **kw)
-    assert a==b and key(a, 'h')==key(b, 'h')
-    assert key(cell('toy', **kw, steps=base['steps'], lr=None), 'h')==key(toy, 'h')
+    assert a==b and run_key(a, 'h')==run_key(b, 'h')
+    assert run_key(cell('toy', **kw, steps=base['steps'], lr=None), 'h')==run_key(toy, 'h')
     finish(launch(write_key, kw, tmp_path/'key'))
-    assert (tmp_path/'key').read_text()==key(toy, 'h')
+    assert (tmp_path/'key').read_text()==run_key(toy, 'h')
 
 def write_key(kw, file):
     scale_settings('toy', demo=dict(base))
-    file.write_text(key(cell('toy', **kw), 'h'))
+    file.write_text(run_key(cell('toy', **kw), 'h'))
 
 def test_numbers_of_numpy_do_not_make_another_key(toy):
-    assert key(replace(toy, seed=np.int64(1)), 'h')==key(toy, 'h')
+    assert run_key(replace(toy, seed=np.int64(1)), 'h')==run_key(toy, 'h')
 
 def test_unknown_settings_and_incomplete_scales_are_errors(toy):
     with pytest.raises(ValueError, match="'stesp'.*did you mean 'steps'"): cell('toy', stesp=3)
     with pytest.raises(ValueError, match='scale'): cell('toy', scale='big')
     with pytest.raises(ValueError, match=r"paper lacks \['lr'\]"): scale_settings('t', demo=dict(a=1, lr=1), paper=dict(a=1))
     with pytest.raises(ValueError, match='twice'): Cell('toy', overrides=(('a',1),('a',2)))
-    with pytest.raises(TypeError, match='JSON'): key(cell('free', f=len), 'h')
+    with pytest.raises(TypeError, match='JSON'): run_key(cell('free', f=len), 'h')
 
 # --- kills and several processes ---
 
@@ -126,7 +133,7 @@ def help_forever():
     time.sleep(600)
 
 def hold_helper(tmp, pid):
-    with runs.helpers(1, f'{__name__}:help_forever', tmp) as procs:
+    with queue.helper_processes(1, f'{__name__}:help_forever', tmp) as procs:
         Path(pid).write_text(str(procs[0].pid))
         time.sleep(600)
 
@@ -148,7 +155,7 @@ def test_helpers_end_when_their_process_is_killed(tmp_path, monkeypatch):
 
 def test_a_helper_that_fails_leaves_the_work_to_others(tmp_path):
     threads = torch.get_num_threads()
-    with runs.helpers(2, 'cald.no_such_module:work', tmp_path) as procs:
+    with queue.helper_processes(2, 'cald.no_such_module:work', tmp_path) as procs:
         for p in procs: p.wait(timeout=60)
     assert all(p.returncode for p in procs) and torch.get_num_threads()==threads
     assert 'no_such_module' in (tmp_path/'helper-2.log').read_text()
@@ -310,7 +317,7 @@ def test_fingerprint_tells_a_string_that_is_code_from_a_docstring(module):
 def test_fingerprint_ignores_lists_that_only_newer_pythons_have():
     old,new = ast.parse('def f(): pass'),ast.parse('def f(): pass')
     new.body[0]._fields = (*new.body[0]._fields, 'new_in_a_later_python'); new.body[0].new_in_a_later_python = []
-    assert store.norm_ast(new)==store.norm_ast(old)
+    assert normalised_ast(new)==normalised_ast(old)
 
 # --- tables ---
 
@@ -363,7 +370,7 @@ def test_table_and_provenance_agree_and_repeat_byte_for_byte(tmp_path):
 
 def test_provenance_is_null_where_git_is_absent(tmp_path, monkeypatch):
     monkeypatch.setenv('PATH', str(tmp_path))
-    assert store.git_state()==dict(commit=None, dirty=None)
+    assert git_state()==dict(commit=None, dirty=None)
 
 def test_provenance_names_no_folder_of_this_machine(tmp_path):
     df = results(tmp_path, [0])
@@ -403,7 +410,7 @@ def test_prediction_interval_holds_95_percent():
 
 # --- papermill parameters ---
 
-opening = """from cald.runs import *
+opening = """from cald.lab.queue import *
 from typing import Optional
 before = dict(globals())"""
 parameters = """steps:int = 3 # steps

@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest, torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cald import mixers, scan
-from cald.mixers import Bidirectional, Mamba, selective_scan, selective_scan_recurrence
-from cald.scan import cpp_scan, library, scan_backend
+from cald import ops,ops_cpp as scan
+from cald.mixers import Bidirectional,Mamba
+from cald.ops import selective_scan,selective_scan_recurrence
+from cald.ops_cpp import cpp_scan,library,scan_backend
 
 f64 = torch.float64
 needs_cpp = pytest.mark.skipif(library()[0] is None, reason=f'no C++ here: {library()[1]}')
@@ -337,7 +338,7 @@ def test_a_compiler_that_hangs_is_given_up(cache, monkeypatch, tmp_path):
     assert lib is None and 'TimeoutExpired' in why and time.time()-start<20
 
 def test_without_it_torch_runs_and_says_why_once(monkeypatch, caplog):
-    caplog.set_level(logging.INFO, 'cald.scan')
+    caplog.set_level(logging.INFO, 'cald.ops_cpp')
     monkeypatch.setattr(scan, 'library', lambda: (None,'the reason'))
     a = inputs(l=40)
     for _ in range(3): torch.testing.assert_close(selective_scan(*a), selective_scan_recurrence(*a))
@@ -348,7 +349,7 @@ def test_without_it_torch_runs_and_says_why_once(monkeypatch, caplog):
 
 @needs_cpp
 def test_the_backend_is_said_once(monkeypatch, caplog):
-    caplog.set_level(logging.INFO, 'cald.scan')
+    caplog.set_level(logging.INFO, 'cald.ops_cpp')
     assert scan_backend()==scan_backend()=='cpp'
     monkeypatch.setenv('CALD_SCAN', 'torch')
     assert scan_backend()==scan_backend()=='torch'
@@ -370,7 +371,7 @@ def test_importing_builds_nothing_and_a_missing_compiler_is_no_disaster(cache):
     p = start('''
 import os, torch, cald
 from cald.mixers import Mamba
-from cald.scan import build_folder
+from cald.ops_cpp import build_folder
 m = Mamba(16)
 assert not build_folder().exists()
 y = m(torch.randn(1, 40, 16)); y.sum().backward()

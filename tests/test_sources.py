@@ -1,15 +1,16 @@
-"What the notebook 09_sources cannot hold: plain references, the shipped checkpoint, faults"
+"What the notebook 10a_speech_source cannot hold: plain references, the shipped checkpoint, faults"
 import json, math
 from dataclasses import replace
 import numpy as np, pytest, torch
 from transformers import Wav2Vec2ForCTC, Wav2Vec2ForSequenceClassification, Wav2Vec2Model
-import cald.sources as S, cald.units as U
+import cald.pretrain.speech as S, cald.pretrain.units as U
 from cald.pretrained import shipped
-from cald.runs import hash_files
-from cald.speech_data import cnn_frames
-from cald.sources import Recipe, build, draw, front_end, load_state, optimiser, pretrain
-from cald.units import Clusters, Corpus, label, log_mel, mel_filters, mfcc, span_mask
-from cald.voices import VOICES
+from cald.files import hash_files
+from cald.data.speech import cnn_frames
+from cald.pretrain.speech import build_model,draw_batch,load_training,optimiser,pretrain,PretrainRecipe
+from cald.tasks.speech import front_end
+from cald.pretrain.units import Clusters,label_frames,log_mel,mel_filters,mfcc,span_mask,UnitCorpus
+from cald.data.voices import VOICES
 
 def waves(n=12, seed=0):
     rng = np.random.default_rng(seed)
@@ -17,9 +18,9 @@ def waves(n=12, seed=0):
 
 @pytest.fixture(scope='module')
 def corpora():
-    train,held = Corpus(waves()),Corpus(waves(4, 1))
+    train,held = UnitCorpus(waves()),UnitCorpus(waves(4, 1))
     c = Clusters(train, 8)
-    return label(train, c),label(held, c)
+    return label_frames(train, c),label_frames(held, c)
 
 def test_mfcc_by_its_formula():
     "One frame in float64: the Fourier sum, the filters and the cosine sum written out"
@@ -37,12 +38,12 @@ def test_mfcc_by_its_formula():
 def test_crops_and_targets_are_aligned():
     "Samples that count up and units that count frames: each unit must stand where its frame starts"
     n = 320*60+80
-    c = Corpus([np.arange(n)/40000]*3)
+    c = UnitCorpus([np.arange(n)/40000]*3)
     c.units = [np.stack([np.arange(cnn_frames(n))]*2, 1)]*3
-    r = Recipe.tiny(noise=0., crop=(.3,.5), seconds=2.)
+    r = PretrainRecipe.tiny(noise=0., crop=(.3,.5), seconds=2.)
     starts = set()
     for step in range(5):
-        b = draw(c, r, step)
+        b = draw_batch(c, r, step)
         assert b['valid'].all() and cnn_frames(b['x'].shape[1])==b['units'].shape[1]
         raw = np.arange(n)
         for x,u in zip(b['x'].numpy(), b['units'].numpy()):
@@ -53,12 +54,12 @@ def test_crops_and_targets_are_aligned():
     assert len(starts)>5
 
 def test_short_utterances_are_padded_and_not_counted(corpora):
-    c = Corpus([waves()[0][:3000]]*2)
-    label(c, Clusters(c, 4, n=8))
-    r = Recipe.tiny(crop=(.5,), clusters=4)
-    b = draw(c, r, 0)
+    c = UnitCorpus([waves()[0][:3000]]*2)
+    label_frames(c, Clusters(c, 4, n=8))
+    r = PretrainRecipe.tiny(crop=(.5,), clusters=4)
+    b = draw_batch(c, r, 0)
     assert b['valid'].sum(1).tolist()==[cnn_frames(3000)]*len(b['x'])
-    net = build(r)
+    net = build_model(r)
     other = {**b, 'units':torch.where(b['valid'][...,None], b['units'], 3)}
     assert net(**b)['loss'].item()==net(**other)['loss'].item()
 
@@ -71,7 +72,7 @@ def test_masked_frames_are_what_span_mask_says():
 
 def test_interrupted_run_equals_the_whole_one(corpora, tmp_path):
     train,held = corpora
-    r = Recipe.tiny(steps=8)
+    r = PretrainRecipe.tiny(steps=8)
     whole = pretrain(r, train, held, tmp_path/'a', every=4)
     def die(net, row): raise KeyboardInterrupt
     with pytest.raises(KeyboardInterrupt): pretrain(r, train, held, tmp_path/'b', every=4, each=die)
@@ -82,17 +83,17 @@ def test_interrupted_run_equals_the_whole_one(corpora, tmp_path):
 
 def test_stopped_by_the_clock_goes_on(corpora, tmp_path):
     train,held = corpora
-    r = Recipe.tiny(steps=4)
+    r = PretrainRecipe.tiny(steps=4)
     pretrain(r, train, held, tmp_path, max_seconds=0.)
-    net = build(r); step,seconds = load_state(tmp_path/'state.safetensors', net, optimiser(net, r))
+    net = build_model(r); step,seconds = load_training(tmp_path/'state.safetensors', net, optimiser(net, r))
     assert step==1 and seconds>0
     pretrain(r, train, held, tmp_path)
     assert [a['step'] for a in S.read_log(tmp_path/'log.csv')]==[1,4]
 
 def test_it_learns(corpora, tmp_path):
     train,held = corpora
-    r = Recipe.tiny(steps=60, lr=5e-3, noise=0.)
-    before,after = S.evaluate(build(r), held, r),S.evaluate(pretrain(r, train, held, tmp_path), held, r)
+    r = PretrainRecipe.tiny(steps=60, lr=5e-3, noise=0.)
+    before,after = S.evaluate(build_model(r), held, r),S.evaluate(pretrain(r, train, held, tmp_path), held, r)
     assert after['held_seen']<before['held_seen']-.2
 
 def test_only_training_voices_are_heard(monkeypatch):
@@ -105,10 +106,10 @@ def test_only_training_voices_are_heard(monkeypatch):
     assert heard and not {v.name for v in heard}&others
 
 def test_bad_corpora():
-    with pytest.raises(ValueError, match='no utterances'): Corpus([])
-    with pytest.raises(ValueError, match='utterance 1 is shorter than two frames'): Corpus([np.zeros(5000),np.zeros(700)])
-    with pytest.raises(ValueError, match='utterance 0 has samples that are not finite'): Corpus([np.full(5000, np.inf)])
-    with pytest.raises(ValueError, match='differ in length'): Corpus([np.zeros(5000)], [np.zeros(5001)])
+    with pytest.raises(ValueError, match='no utterances'): UnitCorpus([])
+    with pytest.raises(ValueError, match='utterance 1 is shorter than two frames'): UnitCorpus([np.zeros(5000),np.zeros(700)])
+    with pytest.raises(ValueError, match='utterance 0 has samples that are not finite'): UnitCorpus([np.full(5000, np.inf)])
+    with pytest.raises(ValueError, match='differ in length'): UnitCorpus([np.zeros(5000)], [np.zeros(5001)])
 
 def test_shipped_checkpoint():
     folder = shipped()
@@ -130,10 +131,10 @@ def test_unknown_name_lists_the_known():
 
 def test_no_file_reaches_the_shipped_folder_half_written(corpora, tmp_path, monkeypatch):
     "A failure while the weights are written leaves the old checkpoint as it was"
-    r = Recipe.tiny()
-    S.save_source(build(r).model, tmp_path)
+    r = PretrainRecipe.tiny()
+    S.save_source(build_model(r).model, tmp_path)
     old = hash_files(tmp_path/'model.safetensors')
-    model = build(replace(r, seed=1)).model
+    model = build_model(replace(r, seed=1)).model
     def broken(self, folder): raise OSError('disk full')
     monkeypatch.setattr(S.Wav2Vec2FeatureExtractor, 'save_pretrained', broken)
     with pytest.raises(OSError, match='disk full'): S.save_source(model, tmp_path)

@@ -1,11 +1,14 @@
 "Speech experiments: what must not change between two ways of doing the same, and what must stop before training."
 from pathlib import Path
 import numpy as np, pandas as pd, pytest, soundfile as sf, torch, torch.nn.functional as F
-from cald.runs import Store, cell, helpers, key
-from cald.experiment import MODES
-from cald.records import DataError
-from cald.speech import TASKS, Speech, smoke_source
-from cald.speech_tasks import collate, load_trained, make_corpus, predict, read_data
+from cald.lab.grid import cell,run_key
+from cald.lab.queue import helper_processes
+from cald.lab.store import Store
+from cald.lab.experiment import MODES
+from cald.data.tables import DataError
+from cald.tasks.speech import SPEECH_TASKS as TASKS
+from cald.paper.table3 import smoke_wav2vec2,Speech
+from cald.tasks.speech import collate_speech,load_trained,make_corpus,predict_speech,read_data
 from common import check_interrupted, train
 
 exp = Speech()
@@ -24,7 +27,7 @@ def data(tmp_path_factory):
     df = pd.DataFrame(rows)
     classes = df.scenario.isin(set(df.scenario[df.split=='train']))
     df[classes].to_csv(home/'manifest.tsv', sep='\t', index=False)
-    source = smoke_source(home)
+    source = smoke_wav2vec2(home)
     return home,source,exp.read(list(TASKS), source, home/'cache', str(home/'manifest.tsv'), scale='smoke')
 
 @pytest.mark.parametrize('mode', MODES[1:])
@@ -40,7 +43,7 @@ def test_every_task_trains_and_its_saved_model_predicts_the_same(data, tmp_path)
         for _,c in exp.grid([t], ['target'], [0], source, 'smoke', steps=2): run = train(exp, store, c, corpus)
         part = corpus.part(TASKS[t], 'test')
         again = load_trained(run.folder/'model')
-        assert predict(again, part)[0]==predict(load_trained(run.folder/'model'), part)[0]
+        assert predict_speech(again, part)[0]==predict_speech(load_trained(run.folder/'model'), part)[0]
         assert type(again).__name__.startswith('Cald') and 0<=run.result[TASKS[t].metric]
 
 @pytest.mark.parametrize('mode', MODES[1:])
@@ -61,7 +64,7 @@ def test_the_papers_task_loss_is_a_sum_divided_by_characters(data, tmp_path, tas
     for _,c in exp.grid([task], ['standard','target'], [0], source, 'smoke', **own): run = train(exp, store, c, corpora[task])
     model,losses = load_trained(run.folder/'model').eval(),[]
     for i in range(len(ds)):
-        b = collate([ds[i]])
+        b = collate_speech([ds[i]])
         with torch.no_grad(): out,y = model(input_values=b['input_values'], attention_mask=b['attention_mask']).logits[0].log_softmax(-1),b['labels'][0]
         n = model._get_feat_extract_output_lengths(b['attention_mask'].sum(1))
         if task=='asr': losses.append(F.ctc_loss(out[:n], y, n, torch.tensor([len(y)]), reduction='sum').item())
@@ -81,7 +84,7 @@ def test_the_teacher_of_a_cell_has_its_own_settings(data, tmp_path):
     train(exp, store, exp.grid(['asr'], [], [0], source, 'smoke', steps=2)[0][1], corpora['asr'])
     assert exp.standard_run(a, store, corpora['asr']).done
     with pytest.raises(RuntimeError): exp.standard_run(b, store, corpora['asr'])
-    assert key(a, 'x')!=key(b, 'x')!=key(b, 'y')
+    assert run_key(a, 'x')!=run_key(b, 'x')!=run_key(b, 'y')
 
 def test_what_only_students_have_does_not_train_another_teacher():
     what = dict(source='x', scale='smoke', steps=7, alpha=3., lr_student=.1, steps_student=5)
@@ -114,7 +117,7 @@ def test_a_helper_trains_cells_of_the_same_grid(data, tmp_path, monkeypatch):
     store = Store(tmp_path, exp.modules)
     reads = dict(tasks=['asr'], source=source, cache=str(home/'cache'), data=str(home/'manifest.tsv'), scale='smoke')
     what = dict(tasks=['asr'], modes=['target','unguided'], seeds=[0,1], source=source, scale='smoke', steps=2)
-    with helpers(1, 'cald.experiment:help_train', tmp_path, experiment='cald.speech:Speech', reads=reads, what=what, runs=str(tmp_path)) as procs:
+    with helper_processes(1, 'cald.lab.experiment:train_as_helper', tmp_path, experiment='cald.paper.table3:Speech', reads=reads, what=what, runs=str(tmp_path)) as procs:
         procs[0].wait(timeout=240)                       # here it does all of the work
     assert procs[0].returncode==0, (tmp_path/'helper-1.log').read_text()
     results = exp.train(reads, what, corpora, store)

@@ -7,12 +7,13 @@ import numpy as np, pandas as pd, pytest, soundfile as sf
 
 pytest.importorskip('espeakng_loader', reason='generated speech needs the package espeakng-loader')
 import cald.commands, cald.speech_data, cald.voices
-from cald.commands import INTENTS, SIZES, partition, plan, voices_of, words
-from cald.corpora import digits_manifest, read_slurp
-from cald.records import DataError
-from cald.speech_data import (COLUMNS, VOCAB, check_manifest, cnn_frames, corpus_parameters, data_hash, generate,
-                              load_audio, manifest, needed_frames, read_manifest, write_manifest)
-from cald.voices import RATE, VOICES, Espeak, Voice, draw_room, record, run_jobs, say, write_shard
+from cald.data.commands import INTENTS,partition,plan_recordings,SPLIT_SIZES,vocabulary,voices_of
+from cald.data.corpora import digits_manifest,read_slurp
+from cald.data.tables import DataError
+from cald.data.speech import (check_manifest,cnn_frames,corpus_parameters,generate,load_audio,manifest,
+                              MANIFEST_COLUMNS,manifest_hash,needed_frames,read_manifest,VOCAB,write_manifest)
+from cald.data.voices import (draw_room,Espeak,record,run_jobs,SAMPLE_RATE,speak_and_record,Voice,VOICES,
+                              write_shard)
 from common import data_folder
 
 TREE = Path(__file__).parent.parent
@@ -30,7 +31,7 @@ def corpus(tmp_path_factory): return generate(tmp_path_factory.mktemp('speech'),
 
 @pytest.fixture
 def tone(tmp_path):
-    sf.write(tmp_path/'ok.wav', .1*np.sin(np.arange(RATE)/5), RATE)
+    sf.write(tmp_path/'ok.wav', .1*np.sin(np.arange(SAMPLE_RATE)/5), SAMPLE_RATE)
     return tmp_path
 
 # ---- voices
@@ -55,7 +56,7 @@ def test_every_voice_speaks(tmp_path):
     e = Espeak()
     for v in (v for vs in VOICES.values() for v in vs):
         x = e('turn on the lights in the kitchen', v)
-        assert 1<len(x)/RATE<3.5 and .03<np.abs(x).max()<1, v
+        assert 1<len(x)/SAMPLE_RATE<3.5 and .03<np.abs(x).max()<1, v
 
 def test_rooms_do_not_depend_on_the_speaker():
     a = draw_room(np.random.default_rng([0,1,0,5]))
@@ -74,7 +75,7 @@ def test_missing_espeak_says_what_to_install(monkeypatch):
 
 def test_the_worker_needs_neither_the_package_nor_torch():
     "Otherwise each process would import torch and transformers first"
-    code = (f"import importlib.util,sys; s = importlib.util.spec_from_file_location('w', {str(cald.voices.__file__)!r}); m = sys.modules['w'] = "
+    code = (f"import importlib.util,sys; s = importlib.util.spec_from_file_location('w', {str(cald.data.voices.__file__)!r}); m = sys.modules['w'] = "
             "importlib.util.module_from_spec(s); s.loader.exec_module(m); print('torch' in sys.modules, 'cald' in sys.modules)")
     assert python(code).communicate(timeout=120)[0].split()==['False','False']
 
@@ -86,7 +87,7 @@ def test_a_failing_job_is_told_and_leaves_no_file(tmp_path):
 # ---- the language
 
 def test_the_plan_of_the_demo_keeps_its_promises():
-    p = plan(SIZES)
+    p = plan_recordings(SPLIT_SIZES)
     texts,speakers = p.groupby('split').text.agg(set),p.groupby('split').speaker.agg(set)
     assert all(partition(t)==s.partition('_')[0] for t,s in zip(p.text, p.split))
     assert not any(texts[s] & texts.train for s in texts.index if s!='train')
@@ -103,29 +104,29 @@ def test_the_plan_of_the_demo_keeps_its_promises():
 def test_a_text_has_one_intent():
     rng,meant = np.random.default_rng(1),{}
     for _ in range(6000):
-        text,*intent = cald.commands.sentence(rng, ['train','dev','test'][rng.integers(3)])
+        text,*intent = cald.data.commands.sentence(rng, ['train','dev','test'][rng.integers(3)])
         assert meant.setdefault(text, intent)==intent, text
 
 def test_pretraining_hears_no_test_voice_or_sentence():
-    p,demo = plan(dict(train=3000), seed=1000, salad=.3),plan(SIZES)
+    p,demo = plan_recordings(dict(train=3000), seed=1000, salad=.3),plan_recordings(SPLIT_SIZES)
     held = demo[~demo.split.isin(['train'])]
     assert not set(p.text)&set(held.text)
     assert not set(p.speaker)&set(demo.speaker[demo.split.isin(['dev','test'])])
-    assert set(' '.join(p.text).split())<=set(words())
+    assert set(' '.join(p.text).split())<=set(vocabulary())
 
 # ---- the corpus
 
 def test_generation_does_not_depend_on_the_number_of_processes(corpus, tmp_path):
     other = generate(tmp_path, FEW, workers=0)
-    assert data_hash(other)==data_hash(corpus)
-    for c in COLUMNS: assert c in ('audio','where') or other[c].equals(corpus[c]), c
+    assert manifest_hash(other)==manifest_hash(corpus)
+    for c in MANIFEST_COLUMNS: assert c in ('audio','where') or other[c].equals(corpus[c]), c
     info = [json.loads((Path(d.audio[0]).parent/'corpus.json').read_text()) for d in (corpus,other)]
     assert info[0]==info[1]
 
 def test_an_utterance_can_be_made_alone(corpus):
     for i in (0,60,len(corpus)-1):
-        r,p = corpus.iloc[i],plan(FEW).iloc[i]
-        x = say(Espeak(), r.text, voices_of(r.split)[p.voice], [0, 1, list(SIZES).index(r.split), int(p.number)])
+        r,p = corpus.iloc[i],plan_recordings(FEW).iloc[i]
+        x = speak_and_record(Espeak(), r.text, voices_of(r.split)[p.voice], [0, 1, list(SPLIT_SIZES).index(r.split), int(p.number)])
         assert np.abs(load_audio(r.audio, r.start, r.stop)-x).max()<1e-4
 
 def test_corpus_is_usable(corpus):
@@ -136,20 +137,20 @@ def test_corpus_is_usable(corpus):
 
 def test_killed_generation_starts_again(corpus, tmp_path):
     "kill -9 in the middle: no corpus.json, no half file under its final name, and the next call gives the same corpus"
-    p = python(BARE+f"from cald.speech_data import generate; generate({str(tmp_path)!r}, {FEW}, workers=1)")
+    p = python(BARE+f"from cald.data.speech import generate; generate({str(tmp_path)!r}, {FEW}, workers=1)")
     home,t = tmp_path/f"espeak-{corpus_parameters(FEW, 0, 0.)['key']}",time.time()
     while not list(home.glob('*.flac')) and time.time()-t<120 and p.poll() is None: time.sleep(.02)
     os.kill(p.pid, signal.SIGKILL); p.communicate()
     assert not (home/'corpus.json').exists(), 'it had ended before it was killed'
     for f in home.glob('*.flac'): sf.info(f)
     again = generate(tmp_path, FEW, workers=2)
-    assert data_hash(again)==data_hash(corpus) and len(check_manifest(again, 'asr')[1])==0
+    assert manifest_hash(again)==manifest_hash(corpus) and len(check_manifest(again, 'asr')[1])==0
 
 def test_two_at_once_and_no_main_guard(corpus, tmp_path):
-    code = BARE+f"from cald.speech_data import generate,data_hash; print(data_hash(generate({str(tmp_path)!r}, {FEW}, workers=1)))"
+    code = BARE+f"from cald.data.speech import generate,data_hash; print(data_hash(generate({str(tmp_path)!r}, {FEW}, workers=1)))"
     both = [python(code) for _ in range(2)]
     out = [p.communicate(timeout=240) for p in both]
-    assert [o.strip() for o,_ in out]==[data_hash(corpus)]*2, out[0][1][-500:]+out[1][1][-500:]
+    assert [o.strip() for o,_ in out]==[manifest_hash(corpus)]*2, out[0][1][-500:]+out[1][1][-500:]
     home = Path(generate(tmp_path, FEW).audio[0]).parent
     assert [f.name for f in home.iterdir() if f.name.endswith('.tmp')]==[]
 
@@ -164,7 +165,7 @@ def test_key_follows_everything(monkeypatch):
         m.setitem(VOICES, 'dev', VOICES['dev'][:-1])
         assert key()!=first
     with monkeypatch.context() as m:
-        m.setattr(cald.speech_data, 'GENERATOR', 99)
+        m.setattr(cald.data.speech, 'GENERATOR', 99)
         assert key()!=first
     assert key()==first
 
@@ -218,8 +219,8 @@ FAULTS = {
 @pytest.mark.parametrize('said', FAULTS)
 @pytest.mark.parametrize('drop', [False, True])
 def test_faults(tone, said, drop, capsys):
-    sf.write(tone/'empty.wav', np.zeros(0), RATE); sf.write(tone/'zero.wav', np.zeros(RATE), RATE)
-    sf.write(tone/'nan.wav', np.full(RATE, np.inf), RATE, subtype='FLOAT'); (tone/'text.wav').write_bytes(b'RIFFnothing')
+    sf.write(tone/'empty.wav', np.zeros(0), SAMPLE_RATE); sf.write(tone/'zero.wav', np.zeros(SAMPLE_RATE), SAMPLE_RATE)
+    sf.write(tone/'nan.wav', np.full(SAMPLE_RATE, np.inf), SAMPLE_RATE, subtype='FLOAT'); (tone/'text.wav').write_bytes(b'RIFFnothing')
     good = dict(audio='ok.wav', text='go', split='train', start='', stop='')
     rows = [good, good|FAULTS[said], good]
     (tone/'m.tsv').write_text('\n'.join(['\t'.join(good)]+['\t'.join(r.values()) for r in rows])+'\n')
@@ -266,11 +267,11 @@ def test_sphere(tmp_path, subtype):
     sf.write(tmp_path/'a.sph', np.stack([x,x], 1), 8000, format='NIST', subtype=subtype)
     assert (tmp_path/'a.sph').read_bytes().startswith(b'NIST_1A')
     y = load_audio(tmp_path/'a.sph')
-    assert y.shape==(RATE,) and np.abs(y[500:-500]-.5*np.sin(2*np.pi*300*np.arange(RATE)/RATE)[500:-500]).max()<.02
+    assert y.shape==(SAMPLE_RATE,) and np.abs(y[500:-500]-.5*np.sin(2*np.pi*300*np.arange(SAMPLE_RATE)/SAMPLE_RATE)[500:-500]).max()<.02
 
 def test_parts_of_a_file_join_up(tmp_path):
-    x = np.random.default_rng(0).standard_normal(RATE).astype(np.float32)*.1
-    sf.write(tmp_path/'a.wav', x, RATE, subtype='FLOAT')
+    x = np.random.default_rng(0).standard_normal(SAMPLE_RATE).astype(np.float32)*.1
+    sf.write(tmp_path/'a.wav', x, SAMPLE_RATE, subtype='FLOAT')
     cuts = [0, .1, .25, .9, 1.]
     assert np.array_equal(np.concatenate([load_audio(tmp_path/'a.wav', a, b) for a,b in zip(cuts, cuts[1:])]), x)
     assert np.array_equal(load_audio(tmp_path/'a.wav', float('nan'), float('nan')), x)

@@ -39,9 +39,9 @@ def test_library_is_exactly_what_the_notebooks_export(fresh):
 
 def test_drift_is_seen(fresh):
     have = dict(modules(root))
-    have['runs.py'] = have['runs.py'].replace('0.95', '0.94')
-    have['stale.py'] = ''; del have['store.py']
-    assert drift(fresh, have)==['runs.py differs from its notebook', 'stale.py is not exported by any notebook', 'store.py is missing']
+    have['lab/results.py'] = have['lab/results.py'].replace('0.95', '0.94')
+    have['stale.py'] = ''; del have['lab/store.py']
+    assert drift(fresh, have)==['lab/results.py differs from its notebook', 'lab/store.py is missing', 'stale.py is not exported by any notebook']
 
 def test_each_module_has_one_notebook():
     names = [m for f in nbs for m in module_of(f)]
@@ -89,10 +89,10 @@ def text_of(f):
     return re.sub(r'"image/png": "[^"]*"', '', t) if f.suffix=='.ipynb' else t
 
 def test_readme_is_written_from_index(tmp_path):
-    from cald.runs import write_readme
+    from cald.paper.pages import write_readme
     shutil.copytree(root/'nbs', tmp_path/'nbs', ignore=lambda d, fs: [f for f in fs if f!='index.ipynb'])
     write_readme(tmp_path/'nbs/index.ipynb', tmp_path/'README.md')
-    assert (tmp_path/'README.md').read_text(encoding='utf-8')==(root/'README.md').read_text(encoding='utf-8'), 'run cald.runs.write_readme'
+    assert (tmp_path/'README.md').read_text(encoding='utf-8')==(root/'README.md').read_text(encoding='utf-8'), 'run cald.paper.pages.write_readme'
 
 def test_readme_names_only_files_and_targets_that_exist():
     text = (root/'README.md').read_text(encoding='utf-8')
@@ -107,7 +107,7 @@ def test_readme_links_every_notebook():
 
 def measured(names=None):
     "Every number of the CSV files of results (of those with `names` only), and half the width of every interval"
-    for f in [*(f for f in (root/'paper_figures').rglob('*.csv') if names is None or f.stem in names), *(root/'cald/data').glob('*.csv')]:
+    for f in [*(f for f in (root/'paper_figures').rglob('*.csv') if names is None or f.stem in names), *(root/'cald/paper').glob('*.csv')]:
         for row in csv.DictReader(f.open(encoding='utf-8')):
             for cell in row.values():
                 for v in re.findall(r'-?\d+\.?\d*(?:e-?\d+)?', cell): yield float(v)
@@ -127,14 +127,14 @@ def test_numbers_in_readme_stand_in_a_csv():
 
 def stated(f):
     "Decimals that the code of notebook `f` has: settings, which its prose may name; where it has no table of its own, those of its outputs too"
-    from cald.artefacts import ARTEFACTS
+    from cald.paper.status import ARTEFACTS
     text = [source(c) for c in cells(f)]
     if f.stem not in {a.notebook for a in ARTEFACTS}: text += [json.dumps(o.get('text') or o.get('data', {}).get('text/plain', '')) for c in cells(f) for o in c['outputs']]
     return [float(v) for v in re.findall(r'(?<![\w.])\d*\.\d+(?:e-?\d+)?|(?<![\w.])\d+\.?e-?\d+', '\n'.join(text))]
 
 def unsupported_in_notebook(f, md=None):
     "Numbers in the prose of notebook `f` that no CSV holds, of its own tables where it makes any; formulas and section numbers are left out"
-    from cald.artefacts import ARTEFACTS
+    from cald.paper.status import ARTEFACTS
     own = {r for a in ARTEFACTS if a.notebook==f.stem for r in a.results}
     md = '\n\n'.join(map(source, cells(f, 'markdown'))) if md is None else md
     md = re.sub(r'\$\$.+?\$\$|(?<!\w)\$[^$\n]+\$|[Ss]ections? \d+(?:\.\d+)*|§ ?\d+(?:\.\d+)*', ' ', md, flags=re.S)
@@ -197,7 +197,7 @@ def test_wheel_holds_library_checkpoints_and_data(wheel):
 
 def test_wheel_has_the_command(wheel):
     z = zipfile.ZipFile(wheel)
-    assert 'cald = cald.paper:main' in z.read(next(n for n in z.namelist() if n.endswith('entry_points.txt'))).decode()
+    assert 'cald = cald.paper.cli:main' in z.read(next(n for n in z.namelist() if n.endswith('entry_points.txt'))).decode()
 
 def test_wheel_works_away_from_the_tree(wheel, tmp_path):
     zipfile.ZipFile(wheel).extractall(tmp_path/'site')
@@ -208,10 +208,10 @@ from transformers import AutoModelForCTC, TrainingArguments, Wav2Vec2ForCTC
 from cald.convert import convert
 from cald.distill import Distiller
 from cald.guidance import Target
-from cald.runs import paper_numbers
+from cald.lab.results import paper_numbers
 from cald.pretrained import shipped
 import contextlib, io
-from cald.paper import main
+from cald.paper.cli import main
 for command in ('reproduce','status'):
     with contextlib.redirect_stderr(io.StringIO()) as said: assert main([command])==2
     assert 'needs the repository' in said.getvalue(), said.getvalue()

@@ -5,13 +5,13 @@ from pathlib import Path
 import numpy as np, pandas as pd, pytest
 from packaging.requirements import Requirement
 
-import cald.text as text, cald.text_data as text_data
-from cald.records import DataError
-from cald.runs import cache_folder
-from cald.stand_ins import SIZES, STAND_INS, read_stand_in, stand_in
-from cald.text import CORPUS, PACKAGES, SMALL, differing, documents, read_docs
-from cald.text_data import HUB, read_text_task
-from cald.tokens import Tokens, pack, read_lm, write_tokens
+import cald.data.docs as text, cald.data.text as text_data
+from cald.data.tables import DataError
+from cald.files import cache_folder
+from cald.data.standins import read_stand_in,stand_in,STAND_INS,STANDIN_SIZES
+from cald.data.docs import CORPUS,differing,DOC_PACKAGES,documents,read_docs,SMALL
+from cald.data.text import HUB,read_text_task
+from cald.data.tokens import pack,read_lm,Tokens,write_tokens
 from common import data_folder
 
 pytestmark = pytest.mark.xdist_group('text') # one process builds the corpus
@@ -39,7 +39,7 @@ def test_the_corpus_of_the_pinned_versions_has_the_hash_in_the_code(docs):
 
 def test_other_versions_give_one_warning_that_names_them(docs, monkeypatch):
     monkeypatch.setattr(text, 'CORPUS', '0'*64)
-    monkeypatch.setitem(PACKAGES, 'scipy', '0.1')
+    monkeypatch.setitem(DOC_PACKAGES, 'scipy', '0.1')
     with pytest.warns(UserWarning, match=r'What differs: .*scipy [\d.]+ \(pinned: 0.1\)') as said: read_docs(cache_folder())
     assert len(said)==1
 
@@ -47,7 +47,7 @@ def test_packages_are_pinned_and_in_every_installation():
     pins = dict(re.match(r'([\w.-]+)==([^;\s]+)', l).groups() for l in (TREE/'constraints.txt').read_text().splitlines() if re.match(r'[\w.-]+==', l))
     plain = lambda n: re.sub('[-_.]+', '-', n).lower()
     pins = {plain(k): v for k,v in pins.items()}
-    assert {p: pins.get(plain(p)) for p in PACKAGES}==PACKAGES
+    assert {p: pins.get(plain(p)) for p in DOC_PACKAGES}==DOC_PACKAGES
     ini = (TREE/'settings.ini').read_text()
     core = re.search(r'^requirements = (.*?)\n\w', ini, re.M|re.S)[1]+' '+re.search(r'^demo_requirements = (.*)', ini, re.M)[1]
     todo,found = [Requirement(r).name for r in core.split()],set()
@@ -58,10 +58,10 @@ def test_packages_are_pinned_and_in_every_installation():
         try: needs = importlib.metadata.requires(name) or []
         except importlib.metadata.PackageNotFoundError: continue
         todo += [r.name for r in map(Requirement, needs) if r.marker is None or r.marker.evaluate({'extra':''})]
-    assert not {plain(p) for p in PACKAGES}-found, 'only what the core and the extra `demo` install may be read'
+    assert not {plain(p) for p in DOC_PACKAGES}-found, 'only what the core and the extra `demo` install may be read'
 
 def test_the_corpus_does_not_depend_on_the_process_and_imports_nothing(tmp_path):
-    code = '''import sys, cald.text as t
+    code = '''import sys, cald.data.docs as t
 before = set(sys.modules)
 print(t.read_docs(sys.argv[1], ['networkx','jiwer']).attrs['hash'], sorted(m for m in set(sys.modules)-before if m.split('.')[0] in ('networkx','jiwer')))'''
     procs = [subprocess.Popen([sys.executable,'-c',code,str(tmp_path/'b')], env={**ENV, 'PYTHONHASHSEED':seed}, stdout=subprocess.PIPE, text=True) for seed in '12'] # both write the same file
@@ -79,7 +79,7 @@ def test_the_corpus_is_prose_without_repeats_and_divided_by_file(docs):
     assert words.sum()>1_500_000 and words['dev']>100_000 and words['test']>200_000
 
 @pytest.mark.parametrize('doc', ['', ' ', 'x', '::', '```', '```\ncode', '.. note::', '====\n----', 'Args:', 'Args:\n    x', ':param:', 'Returns\n-------', '>>> 1', '-', '[]()', '$$', '\x0c a\tb'])
-def test_odd_documentation_strings_do_no_harm(doc): assert text.parts(doc)==[]
+def test_odd_documentation_strings_do_no_harm(doc): assert text.doc_parts(doc)==[]
 
 # ---- stand-ins
 
@@ -87,7 +87,7 @@ def test_odd_documentation_strings_do_no_harm(doc): assert text.parts(doc)==[]
 def test_stand_ins_are_balanced_and_disjoint(docs, task):
     df = stand_in(task, docs)
     n = sizes(df)
-    assert 6000<=n['train']<=SIZES['train'] and n['dev']>=400 and n['test']>=900
+    assert 6000<=n['train']<=STANDIN_SIZES['train'] and n['dev']>=400 and n['test']>=900
     assert (df.groupby(['split','label']).size().unstack().pipe(lambda c: c.max(axis=1)-c.min(axis=1))==0).all()
     assert not df.duplicated(['text','text_b']).any()
     for c in ('text','text_b'):
@@ -232,7 +232,7 @@ def test_every_kind_of_file_says_the_same(tmp_path, cache, kind, gz):
     assert sorted(zip(df.text, df.label))==sorted(ROWS) and sizes(df)==dict(train=32, dev=4, test=4)
     assert df.attrs['hash']==read_text_task(write(tmp_path/'same.tsv', body['tsv']), 'sst2', cache).attrs['hash']
 
-@pytest.mark.parametrize('a,b', text_data.PAIRS)
+@pytest.mark.parametrize('a,b', text_data.PAIR_COLUMNS)
 def test_every_pair_of_columns_is_known(tmp_path, cache, a, b):
     f = write(tmp_path/'x.tsv', f'{a}\t{b}\tlabel\n'+''.join(f'one {i}\ttwo {i}\t{i%2}\n' for i in range(40)))
     df = read_text_task(f, 'qqp', cache)
