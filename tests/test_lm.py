@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np, pytest, torch, transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig
 
-import cald.experiment
+import cald.lab.experiment
 from cald.convert import convert
 from cald.paper.table2 import evaluate_lm,hold_out,Lm,LmRecipe,load_lm,Rows,smoke_gpt_neox,TokenRows,zero_shot
 from cald.data.tables import DataError

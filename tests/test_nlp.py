@@ -6,7 +6,7 @@ from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertModel, BertTokenizer
 from cald import pretrained
 from cald.distill import find_snapshots
-from cald.lab.experiment import MODES
+from cald.lab.recipe import MODES
 from cald.paper.table1 import CHOSEN,chosen,Nlp,SEARCH_SEED,table4
 from cald.data.tables import DataError
 from cald.lab.grid import settings

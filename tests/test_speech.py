@@ -4,7 +4,7 @@ import numpy as np, pandas as pd, pytest, soundfile as sf, torch, torch.nn.funct
 from cald.lab.grid import cell,run_key
 from cald.lab.queue import helper_processes
 from cald.lab.store import Store
-from cald.lab.experiment import MODES
+from cald.lab.recipe import MODES
 from cald.data.tables import DataError
 from cald.tasks.speech import SPEECH_TASKS as TASKS
 from cald.paper.table3 import smoke_wav2vec2,Speech

@@ -20,7 +20,9 @@ from tqdm import tqdm
 # %% ../../nbs/08_cka.ipynb #337c704e
 from . import table1,table3
 from ..tasks.text import smoke_roberta
-from ..lab.experiment import colour_of,evenly_spaced,start_from
+from ..lab.experiment import evenly_spaced
+from ..lab.recipe import start_from
+from ..lab.plots import colour_of
 from ..files import cache_folder,check_name
 from ..lab.store import Store
 from ..hidden_states import collect_states,stage_paths

@@ -13,7 +13,8 @@ from transformers import Wav2Vec2Config,Wav2Vec2Model
 
 # %% ../../nbs/08b_drawings.ipynb #7076d4a8
 from ..convert import convert,report
-from ..lab.experiment import COLOURS,start_from
+from ..lab.recipe import start_from
+from ..lab.plots import COLOURS
 
 # %% ../../nbs/08b_drawings.ipynb #0a73cb27
 SOURCE,TARGET,TASK = np.array([0.,0]),np.array([10.,2]),np.array([11.2,5.4]) # the last: where the task loss alone would lead

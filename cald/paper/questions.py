@@ -11,7 +11,7 @@ import matplotlib.pyplot as plt,numpy as np,pandas as pd
 from scipy import stats
 
 # %% ../../nbs/08c_questions.ipynb #6c000005
-from ..lab.experiment import colour_of,COLOURS
+from ..lab.plots import colour_of,COLOURS
 from ..lab.results import summarise
 from .trajectories import KIND_COLOURS
 

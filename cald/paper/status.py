@@ -46,7 +46,7 @@ class Artefact:
     def path(self): return project_folder()/'nbs'/f'{self.notebook}.ipynb'
 
 # %% ../../nbs/09_status.ipynb #185ec54a
-_core = 'ops ops_cpp mixers models convert ablation resume hidden_states losses guidance distill lab.experiment'
+_core = 'ops ops_cpp mixers models convert ablation resume hidden_states losses guidance distill lab.recipe lab.experiment'
 _text,_speech = f'{_core} pretrained data.docs data.standins data.tables data.text data.tokens tasks.text paper.table1',f'{_core} pretrained tasks.speech data.tables data.speech data.corpora data.voices data.commands paper.table3'
 _lm = f'{_core} pretrained data.docs data.standins data.tables data.text data.tokens paper.table2'
 _of_text = dict(modules=_text, packages=tuple(DOC_PACKAGES))

@@ -14,7 +14,8 @@ from fastcore.basics import patch
 from transformers import AutoModelForSequenceClassification
 
 # %% ../../nbs/06_nlp.ipynb #3c6bd881
-from ..lab.experiment import Experiment,Recipe,Task
+from ..lab.experiment import Experiment,Task
+from ..lab.recipe import Recipe
 from ..pretrained import load_pretrained
 from ..files import check_name
 from ..lab.grid import cell,scale_settings,settings
@@ -72,7 +73,7 @@ class Nlp(Experiment):
     recipe,mixer = TextRecipe,'linformer'
     rows = {'standard':{}, 'standard, random weights':dict(mode='standard', random=True), 'unguided':{}, 'unguided, source':dict(mode='unguided', init='source'), 'unguided, searched':dict(mode='unguided'), 'target':{}, 'target, source':dict(mode='target', init='source'),
             'trajectory':{}, 'waypoint':{}, 'hybrid':{}, 'random weights':dict(mode='unguided', init='source', random_student=True)}
-    modules = [f'cald.{m}' for m in ('ops ops_cpp mixers models convert ablation pretrained resume hidden_states losses guidance distill lab.experiment '
+    modules = [f'cald.{m}' for m in ('ops ops_cpp mixers models convert ablation pretrained resume hidden_states losses guidance distill lab.recipe lab.experiment '
                'tasks.text paper.table1').split()]
     metrics = dict(accuracy='accuracy', f1='F1')
     student = (*Experiment.student, 'k', 'share', 'lr_teacher', 'cycle', 'random_student')

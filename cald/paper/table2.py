@@ -17,7 +17,8 @@ from transformers import AutoConfig,AutoModelForCausalLM,AutoTokenizer,GPTNeoXCo
 
 # %% ../../nbs/07_lm.ipynb #434dc69e
 from ..distill import seed_all
-from ..lab.experiment import Experiment,Recipe,Task
+from ..lab.experiment import Experiment,Task
+from ..lab.recipe import Recipe
 from ..files import digest,hash_files
 from ..lab.grid import cell,scale_settings,settings
 from ..pretrained import find_source,load_pretrained
@@ -213,7 +214,7 @@ class Lm(Experiment):
     tasks = {n: Task(n, f'{n}, perplexity', 'perplexity', False) for n in _steps}
     recipe,mixer = LmRecipe,'mamba'
     rows = {'standard':{}, 'unguided':{}, 'target':{}, 'hybrid':{}, 'random weights':dict(mode='unguided', init='source', random_student=True)}
-    modules = [f'cald.{m}' for m in ('ops ops_cpp mixers models convert ablation pretrained resume hidden_states losses guidance distill lab.experiment '
+    modules = [f'cald.{m}' for m in ('ops ops_cpp mixers models convert ablation pretrained resume hidden_states losses guidance distill lab.recipe lab.experiment '
                'data.tokens paper.table2').split()]
     metrics = dict(perplexity='perplexity', bits='bits per byte')
     student = (*Experiment.student, 'd_state', 'd_inner', 'dt_rank', 'random_student')

@@ -13,7 +13,8 @@ from transformers import Wav2Vec2Config,Wav2Vec2FeatureExtractor,Wav2Vec2Model
 
 # %% ../../nbs/05_speech.ipynb #5f18642f
 from ..distill import seed_all
-from ..lab.experiment import Experiment,Recipe,save_model
+from ..lab.experiment import Experiment
+from ..lab.recipe import Recipe,save_model
 from ..lab.grid import scale_settings
 from ..tasks.speech import (collate_speech,load_trained,load_wav2vec2,make_corpus,predict_speech,read_data,
                                speech_loss,speech_scores,SPEECH_TASKS,take_frames)
@@ -46,7 +47,7 @@ SOURCES = dict(demo='wav2vec2-demo', paper='facebook/wav2vec2-large-lv60')
 class Speech(Experiment):
     "Table 3: Wav2Vec2 and its bidirectional Mamba2 students"
     tasks,recipe,processor = SPEECH_TASKS,SpeechRecipe,Wav2Vec2FeatureExtractor()
-    modules = [f'cald.{m}' for m in ('ops ops_cpp mixers models convert ablation pretrained resume hidden_states losses guidance distill lab.experiment '
+    modules = [f'cald.{m}' for m in ('ops ops_cpp mixers models convert ablation pretrained resume hidden_states losses guidance distill lab.recipe lab.experiment '
                'tasks.speech paper.table3').split()]
     metrics = dict(wer='WER', cer='CER', joint='accuracy', slots='slot accuracy')
     student = (*Experiment.student, 'd_state', 'headdim')

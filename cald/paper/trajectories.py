@@ -15,7 +15,7 @@ from tqdm import tqdm
 # %% ../../nbs/08a_trajectories.ipynb #9a8d450b
 from .cka import panels,read_study,Study
 from ..distill import find_snapshots
-from ..lab.experiment import colour_of
+from ..lab.plots import colour_of
 from ..hidden_states import collect_states,read_record,state_paths
 
 # %% ../../nbs/08a_trajectories.ipynb #b6f01722
