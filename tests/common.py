@@ -1,6 +1,5 @@
 "What tests of several modules share"
-import ast, os
-from importlib.util import resolve_name
+import os
 from pathlib import Path
 import pytest, torch
 from cald.lab import experiment
@@ -11,19 +10,6 @@ library = Path(__file__).parents[1]/'cald'
 def module_name(file, folder=library):
     "'lab.grid' for cald/lab/grid.py"
     return '.'.join(file.relative_to(folder).with_suffix('').parts).removesuffix('.__init__')
-
-def imports_of(module, folder=library, later=False):
-    "The modules of cald that `module` ('lab.grid') imports, by their names without `cald.`; `later`: inside of functions, too"
-    file = folder/f"{module.replace('.', '/')}.py"
-    package = f'cald.{module}'.rpartition('.')[0]
-    found = set()
-    tree = ast.parse(file.read_text(encoding='utf-8'))
-    for node in ast.walk(tree) if later else tree.body:
-        if not isinstance(node, ast.ImportFrom): continue
-        base = resolve_name('.'*node.level+(node.module or ''), package) if node.level else node.module
-        found |= {f'{base}.{a.name}' for a in node.names} | {base}
-    names = {f.removeprefix('cald.') for f in found if f.startswith('cald.')}
-    return {n for n in names if (folder/f"{n.replace('.', '/')}.py").exists()}
 
 def data_folder(name):
     "`name` in the folder of recorded data, or skip"

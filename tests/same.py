@@ -1,38 +1,66 @@
-"""Do two trees train the same? Every cell of the tables and questions at scale smoke in both, weights and numbers to the last bit.
+"""Do two checkouts give the same numbers? Runs notebooks at scale smoke in both and compares all weights, logs and tables.
 
-    python tests/same.py OLD NEW
+    python tests/same.py OLD NEW [NOTEBOOK ...]
 
-OLD and NEW are checkouts, such as one of `git worktree add`. What is the same may go to `SAME` of nbs/09_status.ipynb."""
-import argparse, hashlib, json, os, subprocess, sys, tempfile
+OLD and NEW are checkouts, such as one of `git worktree add`. Without names, the notebooks of all tables and questions
+are run. `cald accept` runs this script before it stamps results again."""
+import argparse, csv, hashlib, json, os, subprocess, sys, tempfile
 from pathlib import Path
 
-NOTEBOOKS = ('06_nlp','04a_nlp'),('07_lm','04b_lm'),('05_speech',),('08c_questions','06c_questions') # by their names now and before
+NOTEBOOKS = ['05_speech', '06_nlp', '07_lm', '08c_questions']
+# Names of notebooks in commits before they were numbered in the order of imports
+BEFORE = {'06_nlp':'04a_nlp', '07_lm':'04b_lm', '08_cka':'06_analysis', '08a_trajectories':'06a_trajectories',
+          '08b_drawings':'06b_drawings', '08c_questions':'06c_questions', '08d_efficiency':'07_efficiency'}
+# Measured anew by every run
+TIMES = {'seconds', 'session', 'ms', 'us', 'memory_mb', 'peak_memory_mb'}
 
-def train(tree:Path, work:Path)->dict: # what a run is -> its numbers and the hash of its weights
-    "Run `NOTEBOOKS` of `tree` at scale smoke, with everything that they write in `work`"
-    work.mkdir()
+def without_times(row): return {k: v for k,v in row.items() if k not in TIMES}
+
+def run_notebook(tree, name, work):
+    "Run notebook `name` of checkout `tree` at scale smoke, with all its files below `work`"
+    path = next(p for n in (name, BEFORE.get(name, name)) if (p := tree/'nbs'/f'{n}.ipynb').exists())
+    print(f'{tree}: {path.name}', flush=True)
     env = {**os.environ, 'PYTHONPATH':str(tree), 'CALD_CACHE':str(work/'cache'), 'HF_HUB_OFFLINE':'1', 'OMP_NUM_THREADS':'1'}
-    for names in NOTEBOOKS:
-        n = next(n for n in names if (tree/'nbs'/f'{n}.ipynb').exists())
-        print(f'{tree}: {n}', flush=True)
-        given = dict(scale='smoke', runs=work/'runs', out=work/'out', workers=1)
-        subprocess.run([sys.executable, '-m', 'papermill', '--no-progress-bar', '--cwd', 'nbs', f'nbs/{n}.ipynb', str(work/f'{n}.ipynb'),
-                        *(x for k,v in given.items() for x in ('-p',k,str(v)))], cwd=tree, env=env, check=True, stderr=subprocess.DEVNULL)
-    found = {}
-    for f in (work/'runs').glob('*/result.json'):
-        config,lines = json.loads((f.parent/'config.json').read_text().replace(str(work), '')),f.parent/'metrics.jsonl' # checkpoints for smoke are made in `work`
-        logged = [{k:v for k,v in json.loads(l).items() if k not in ('seconds','session')} for l in (lines.read_text().splitlines() if lines.exists() else [])]
-        weights = [hashlib.sha256(w.read_bytes()).hexdigest() for w in sorted((f.parent/'model').glob('*.safetensors'))]
-        found[json.dumps([config['cell'], config['settings']], sort_keys=True)] = json.loads(f.read_text())['result'],logged,weights
-    return found
+    parameters = dict(scale='smoke', runs=work/'runs', out=work/'out'/name, workers=1)
+    given = [word for k,v in parameters.items() for word in ('-p', k, str(v))]
+    papermill = [sys.executable, '-m', 'papermill', '--no-progress-bar', '--log-level', 'ERROR', '--cwd', 'nbs']
+    subprocess.run([*papermill, str(path), str(work/f'{name}.ipynb'), *given], cwd=tree, env=env, check=True,
+                   stderr=subprocess.DEVNULL)
+
+def read_run(folder, work):
+    "The cell of a run, and its numbers: result, log, and hashes of its weights"
+    config = json.loads((folder/'config.json').read_text().replace(str(work), ''))
+    log = folder/'metrics.jsonl'
+    lines = log.read_text().splitlines() if log.exists() else []
+    result = without_times(json.loads((folder/'result.json').read_text())['result'])
+    weights = [hashlib.sha256(w.read_bytes()).hexdigest() for w in sorted((folder/'model').glob('*.safetensors'))]
+    return json.dumps([config['cell'], config['settings']], sort_keys=True), (result, [without_times(json.loads(l)) for l in lines], weights)
+
+def read_table(path):
+    "The rows of a CSV without measured times; of the summary of times only what they are measured of"
+    rows = [without_times(r) for r in csv.DictReader(path.open())]
+    if path.stem=='efficiency': rows = [{k: r[k] for k in ('family','mode','metric')} for r in rows]
+    return rows
+
+def numbers(tree:Path, work:Path, notebooks)->dict:
+    "Every run and table that `notebooks` of checkout `tree` make at scale smoke: name -> numbers"
+    work.mkdir()
+    for name in notebooks: run_notebook(tree, name, work)
+    runs = dict(read_run(f.parent, work) for f in (work/'runs').glob('*/result.json'))
+    tables = {f'{f.parent.name}/{f.name}': read_table(f) for f in (work/'out').rglob('*.csv')}
+    return {**runs, **tables}
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('old', type=Path); p.add_argument('new', type=Path)
+    p.add_argument('old', type=Path)
+    p.add_argument('new', type=Path)
+    p.add_argument('notebooks', nargs='*', default=NOTEBOOKS)
     o = p.parse_args()
-    with tempfile.TemporaryDirectory() as work: old,new = (train(t.resolve(), Path(work)/n) for t,n in ((o.old,'old'),(o.new,'new')))
-    odd = [c for c in old.keys()|new.keys() if old.get(c)!=new.get(c)]
-    print(f'{len(old.keys()|new.keys())} runs, {len(odd)} of them differ', *sorted(odd), sep='\n  ')
-    return bool(odd) or not old
+    with tempfile.TemporaryDirectory() as work:
+        old,new = (numbers(t.resolve(), Path(work)/n, o.notebooks) for t,n in ((o.old,'old'), (o.new,'new')))
+    names = old.keys()|new.keys()
+    differ = [n for n in names if old.get(n)!=new.get(n)]
+    print(f'{len(names)} runs and tables, {len(differ)} of them differ', *sorted(differ), sep='\n  ')
+    return bool(differ) or not old
 
 if __name__=='__main__': sys.exit(main())

@@ -29,7 +29,7 @@ def test_speech_writes_tables_figures_and_provenance_and_trains_once(store, monk
     figures = sorted((root/'paper_figures').rglob('*'))
     monkeypatch.setattr(status, 'ARTEFACTS', [replace(next(a for a in ARTEFACTS if a.name=='table3'), params=only)])
     def cald(*args): assert main(args)==0; return capsys.readouterr().out
-    assert 'model cards written' in cald('reproduce', 'table3', '--scale', 'smoke')
+    assert 'Model cards written: 1' in cald('reproduce', 'table3', '--scale', 'smoke')
     out = store/'runs'/'smoke'
     df = pd.read_csv(out/'table3.csv')
     assert set(df['mode'])=={'standard','hybrid'} and set(df.metric)=={'WER','CER'} and (df.n==1).all() and df['mean'].notna().all()

@@ -2,9 +2,9 @@
 import json, os, re, shutil, signal, subprocess, sys, time
 from pathlib import Path
 import psutil, pytest
-from common import imports_of, module_name
-from cald.paper.status import (Artefact,ARTEFACTS,cells_hash,fill_placeholders,module_hash,notebook_defaults,
-                               result_state,SAME,stamp,status)
+from common import module_name
+from cald.paper.status import (Artefact,ARTEFACTS,fill_placeholders,module_hash,modules_of,notebook_defaults,
+                               result_state,stamp,status)
 from cald.paper.cli import main,reproduce
 from cald.lab.results import without_folders
 from cald.files import write_json
@@ -32,7 +32,7 @@ def pretend_fresh(a, folder):
     for r in a.results:
         (folder/f'{r}.csv').write_text('mode,mean\nstandard,1\n')
         write_json(folder/f'{r}.json', dict(scale=['demo'], seeds=[0,1,2], cells={f'{a.name} wav2vec2-demo softmax standard':[0,1,2]}, parameters=without_folders({**notebook_defaults(a.path), **fill_placeholders(a.params), 'scale':'demo'}),
-            code=[{f'cald.{m}':module_hash(m) for m in a.modules.split()}], commit='0'*40, dirty=False, seconds=1., runs=[], csv_sha256=hashlib.sha256((folder/f'{r}.csv').read_bytes()).hexdigest()))
+            code=[{f'cald.{m}':module_hash(m) for m in modules_of(a)}], commit='0'*40, dirty=False, seconds=1., runs=[], csv_sha256=hashlib.sha256((folder/f'{r}.csv').read_bytes()).hexdigest()))
     stamp(a, folder)
 
 here = [a for a in ARTEFACTS if (root/'nbs'/f'{a.notebook}.ipynb').exists()]
@@ -51,19 +51,12 @@ def change(path, text='\nTOUCHED = 1\n'): path.write_text(path.read_text()+text)
 def test_other_code_makes_exactly_the_tables_stale_that_depend_on_it(fresh):
     for f in sorted((fresh/'cald').rglob('*.py')):
         module,was = module_name(f, fresh/'cald'),f.read_text()
+        depend = {a.name for a in here if module in modules_of(a)}
         change(f)
-        assert stale(fresh/'fresh')=={a.name for a in here if module in a.modules.split()}, module
+        assert stale(fresh/'fresh')==depend, module
         f.write_text(was)
     for f in (fresh/'cald').rglob('*.py'): change(f, '\n# a comment\n')
     assert not stale(fresh/'fresh')
-    assert 'data.text' not in next(a for a in here if a.name=='table3').modules.split()
-
-def test_changes_that_make_no_difference_are_of_this_tree_and_of_a_record():
-    records = [json.loads(f.read_text()) for f in (root/'paper_figures').glob('**/*.json')]
-    was = {h for p in records for s in p['code'] for h in s.values()} | {h for p in records if 'made_from' in p for h in (*p['made_from']['modules'].values(), p['made_from']['cells'])}
-    for s in SAME:
-        now = module_hash(s.name) or cells_hash(root/'nbs'/f'{s.name}.ipynb')
-        assert s.was and now.startswith(s.now) and all(any(str(h).startswith(w) for h in was) for w in s.was.split()), f'{s.name}: not of this tree, or of no record'
 
 def test_other_cells_make_the_tables_of_that_notebook_stale(fresh):
     def add(f, **cell):
@@ -90,28 +83,14 @@ def test_an_edited_csv_another_source_and_a_lost_file_are_seen(fresh):
     (fresh/'fresh'/'table3_modes.csv').unlink()
     assert 'table3_modes is not complete' in result_state(a, fresh/'fresh')['why']
 
-def closure(module, seen=None):
-    "The modules of cald that `module` imports, and those that they import"
-    seen = set() if seen is None else seen
-    if module in seen: return seen
-    seen.add(module)
-    for m in imports_of(module, later=True): closure(m, seen)
-    return seen
-
-# Modules that the notebooks reach and that decide none of their numbers: files, records and plans; and what they bring along for text
-NOT_COUNTED = {'files','lab.grid','lab.store','lab.queue','lab.results'}
-FOR_SPEECH = {'data.speech','data.voices','data.commands'}
-
-@pytest.mark.parametrize('a', here, ids=lambda a: a.name)
-def test_the_modules_of_an_artefact_are_those_that_its_notebook_imports(a):
-    cells = json.loads((root/'nbs'/f'{a.notebook}.ipynb').read_text())['cells']
-    text = '\n'.join(''.join(c['source']) for c in cells if c['cell_type']=='code')
-    first = [*re.findall(r'default_exp (\S+)', text), *re.findall(r'^from cald\.([\w.]+) import', text, re.M)]
-    reached = set().union(*map(closure, first))
-    named = set(a.modules.split())
-    assert named<=reached, sorted(named-reached)
-    extra = reached-named-NOT_COUNTED-(set() if 'paper.table3' in named else FOR_SPEECH)
-    assert not extra, sorted(extra)
+def test_a_table_depends_on_the_modules_that_its_notebook_imports():
+    modules = {a.name: set(modules_of(a)) for a in here}
+    for name,table,tasks in (('table1','table1','text'), ('table2','table2',None), ('table3','table3','speech')):
+        assert {'ops','mixers','convert','guidance','distill','lab.experiment',f'paper.{table}'} <= modules[name]
+        assert not tasks or f'tasks.{tasks}' in modules[name]
+        assert not {m for m in modules[name] if m.startswith(('paper.','pretrain.'))}-{f'paper.{table}'}
+    assert 'data.speech' not in modules['table1'] and 'data.text' not in modules['table3']
+    assert {'paper.table1','paper.table3','paper.trajectories'} <= modules['fig3']
 
 # Processes that die. (A shell in the background lets its children ignore SIGINT, so they are told to heed it.) The project is a small one, whose notebook "trains" ten runs of half a second.
 
@@ -188,34 +167,40 @@ def test_a_reader_that_has_had_enough_is_no_error():
 # The report in a real browser
 
 browser = next(filter(None, map(shutil.which, ('chromium','chromium-browser','google-chrome'))), None)
-watch = """<script>window.addEventListener('load', () => { const bad = [...document.images].filter(i => !i.complete || !i.naturalWidth);
-document.body.setAttribute('data-images', document.images.length); document.body.setAttribute('data-broken', bad.map(i => i.src.slice(0, 80)).join(' ')); });</script>"""
+watch = """<script>window.addEventListener('load', () => {
+const bad = [...document.images].filter(i => !i.complete || !i.naturalWidth);
+document.body.setAttribute('data-images', document.images.length);
+document.body.setAttribute('data-broken', bad.map(i => i.src.slice(0, 80)).join(' ')); });</script>"""
 
-@pytest.mark.skipif(not browser, reason='no Chromium on this system')
-def test_a_report_leaves_alone_what_it_did_not_write(tmp_path, capsys):
-    mine,shown = tmp_path/'results'/'mine.csv',tmp_path/'shown'
-    mine.parent.mkdir(); mine.write_text('mine'); shown.mkdir()
-    assert main(['report','--to',str(tmp_path)])==2 and 'has other files' in capsys.readouterr().err
-    assert main(['report','--to',str(shown),'--out',str(shown)])==2 and 'give another folder' in capsys.readouterr().err
-    assert mine.read_text()=='mine'
+def in_browser(page, profile):
+    "The document of HTML file `page` after its scripts have run"
+    page.with_suffix('.watched.html').write_text(page.read_text().replace('</body>', watch+'</body>'))
+    flags = ['--headless', '--no-sandbox', '--disable-gpu', '--disable-dev-shm-usage', '--virtual-time-budget=5000', '--dump-dom']
+    command = [browser, *flags, f'--user-data-dir={profile}', page.with_suffix('.watched.html').as_uri()]
+    return subprocess.run(command, capture_output=True, text=True, timeout=180).stdout
 
-def test_numbers_and_folders_that_cannot_be_are_told(tmp_path, capsys):
-    for args,says in [('reproduce table3 -n --workers -1','--workers cannot be negative'), ('reproduce table3 -n --price -1','--price cannot be negative'),
-                      (f'status --out {tmp_path}/nowhere','is no folder'), (f'compare --out {tmp_path}/nowhere','is no folder')]:
-        assert main(args.split())==2 and says in capsys.readouterr().err, args
+def test_values_and_folders_that_cannot_work_are_refused(tmp_path, capsys):
+    for args,message in [('reproduce table3 -n --workers -1', '--workers cannot be negative'),
+                         (f'status --out {tmp_path}/nowhere', 'is not a folder'), (f'compare --out {tmp_path}/nowhere', 'is not a folder')]:
+        assert main(args.split())==2 and message in capsys.readouterr().err, args
 
-def test_the_report_opens_in_a_browser_and_shows_every_figure(copy):
+def test_the_report_has_every_figure_and_notebook_and_leaves_other_files_alone(copy):
+    (copy/'report').mkdir()
+    (copy/'report'/'mine.csv').write_text('mine')
     r = cald('report', '--to', 'report', cwd=copy)
     assert r.returncode==0, r.stderr
-    pages = sorted((copy/'report').rglob('*.html'))
-    assert {p.stem for p in pages if p.parent.name=='notebooks'}=={f.stem for f in (root/'nbs').glob('*.ipynb')}
-    figures = {f'results/{n}.png' for a in here for n in a.results if (root/'paper_figures'/f'{n}.png').exists()}
-    assert figures==set(re.findall(r'src="(results/[^"]+)"', (copy/'report'/'index.html').read_text()))
-    for p in [copy/'report'/'index.html', *(copy/'report'/'notebooks'/f'{n}.html' for n in ('05_speech','00_ops','index'))]:
-        p.with_suffix('.watched.html').write_text(p.read_text().replace('</body>', watch+'</body>'))
-        b = subprocess.run([browser, '--headless', '--no-sandbox', '--disable-gpu', '--disable-dev-shm-usage', f'--user-data-dir={copy}/profile', '--enable-logging=stderr', '--virtual-time-budget=5000', '--dump-dom',
-                            p.with_suffix('.watched.html').as_uri()], capture_output=True, text=True, timeout=180)
-        dom = b.stdout
-        assert re.search(r'data-broken=""', dom), (p.name, re.findall(r'data-broken="[^"]*"', dom), b.stderr[-500:])
-        assert int(re.search(r'data-images="(\d+)"', dom)[1])>=p.read_text().count('<img')>0 or p.stem=='index'
-        assert not re.findall(r'CONSOLE.*', b.stderr), p.name
+    assert (copy/'report'/'mine.csv').read_text()=='mine'
+    page = (copy/'report'/'index.html').read_text()
+    figures = {n for a in here for n in a.results if (root/'paper_figures'/f'{n}.png').exists()}
+    assert figures==set(re.findall(r'<img alt="([^"]+)"', page))
+    assert page.index('Table 1: RoBERTa') < page.index('<h2>Notebooks')
+    for link in re.findall(r'href="(notebooks/[^"]+)"', page): assert (copy/'report'/link).exists(), link
+    assert len(re.findall(r'href="notebooks/', page))==len(list((root/'nbs').glob('*.ipynb')))
+
+@pytest.mark.skipif(not browser, reason='no Chromium on this system')
+def test_a_browser_shows_every_figure_of_the_report(copy):
+    assert cald('report', '--to', 'report', cwd=copy).returncode==0
+    for page in (copy/'report'/'index.html', copy/'report'/'notebooks'/'05_speech.html'):
+        dom = in_browser(page, copy/'profile')
+        assert re.search(r'data-broken=""', dom), re.findall(r'data-broken="[^"]*"', dom)
+        assert int(re.search(r'data-images="(\d+)"', dom)[1])>=page.read_text().count('<img')>0

@@ -1,14 +1,27 @@
 "The rooms of the library: who may import whom, and that notebooks are numbered in the order of imports."
-import json, re
+import ast, json, re
+from importlib.util import resolve_name
 from pathlib import Path
 import pytest
-from common import imports_of, library, module_name
+from common import library, module_name
 
 root = Path(__file__).parents[1]
 ALLOWED = dict(method={'method'}, lab={'method','lab'}, data={'data'}, tasks={'method','lab','data','tasks'},
                paper={'method','lab','data','tasks','paper'}, pretrain={'method','lab','data','tasks','pretrain'})
 
 def modules(folder=library): return sorted(module_name(f, folder) for f in folder.rglob('*.py') if not f.name.startswith('_'))
+
+def imports_of(module, folder=library):
+    "The modules of cald that `module` ('lab.grid') imports when it is imported itself, not later in a function"
+    file = folder/f"{module.replace('.', '/')}.py"
+    package = f'cald.{module}'.rpartition('.')[0]
+    found = set()
+    for node in ast.parse(file.read_text(encoding='utf-8')).body:
+        if not isinstance(node, ast.ImportFrom): continue
+        base = resolve_name('.'*node.level+(node.module or ''), package) if node.level else node.module
+        found |= {f'{base}.{a.name}' for a in node.names} | {base}
+    names = {f.removeprefix('cald.') for f in found if f.startswith('cald.')}
+    return {n for n in names if (folder/f"{n.replace('.', '/')}.py").exists()}
 
 def room(module):
     "The room of `module`: a module at the top belongs to the method"

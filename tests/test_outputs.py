@@ -1,0 +1,55 @@
+"Stored outputs of notebooks are those that their code prints: every notebook that needs no training is executed again."
+import json, math, os, re
+from pathlib import Path
+import nbformat, pytest
+from nbclient import NotebookClient
+
+root = Path(__file__).parents[1]
+
+def source(cell): return ''.join(cell['source'])
+
+def needs_training(path):
+    "Notebooks with parameters show results of hours of training, or of the pretraining of a source"
+    cells = json.loads(path.read_text(encoding='utf-8'))['cells']
+    return any('parameters' in c['metadata'].get('tags', []) for c in cells)
+
+def printed(cell):
+    "The text that a cell has printed or returned; pictures and tables in HTML have a text form, too"
+    if cell['cell_type']!='code' or re.match(r'#\|\s*slow\b', source(cell)): return ''
+    texts = [o.get('text') or o.get('data', {}).get('text/plain', '') for o in cell['outputs']]
+    return '\n'.join(''.join(t).rstrip() for t in texts)
+
+number = re.compile(r'(?<![\w.])-?\d+\.\d+(?:e[-+]?\d+)?(?!\w)')
+
+def same(a:str, b:str)->bool:
+    "Are two outputs the same, decimals up to the rounding of another processor?"
+    if number.sub('#', a).split()!=number.sub('#', b).split(): return False
+    pairs = zip(map(float, number.findall(a)), map(float, number.findall(b)))
+    return all(math.isclose(x, y, rel_tol=.02, abs_tol=2e-4) for x,y in pairs)
+
+def stale(stored, new):
+    "The cells whose stored output differs from the new one: (number, stored, new)"
+    pairs = enumerate(zip(stored, new))
+    return [(i, printed(a), printed(b)) for i,(a,b) in pairs if not same(printed(a), printed(b))]
+
+notebooks = sorted((root/'nbs').glob('*.ipynb'))
+
+@pytest.mark.parametrize('path', [n for n in notebooks if not needs_training(n)], ids=lambda p: p.stem)
+def test_stored_outputs_are_true(path, monkeypatch, tmp_path):
+    monkeypatch.setenv('PYTHONPATH', os.pathsep.join(filter(None, [str(root), os.environ.get('PYTHONPATH')])))
+    monkeypatch.setenv('CALD_RUNS', str(tmp_path))
+    for name in ('IN_TEST','CALD_SCALE','CALD_OUT'): monkeypatch.delenv(name, raising=False)
+    if 'CALD_CACHE' not in os.environ: monkeypatch.setenv('CALD_CACHE', str(root/'runs'/'cache'))
+    stored = nbformat.read(path, 4)
+    new = nbformat.from_dict(json.loads(json.dumps(stored)))
+    NotebookClient(new, timeout=900, kernel_name='python3', resources=dict(metadata=dict(path=str(path.parent)))).execute()
+    wrong = stale(stored.cells, new.cells)
+    assert not wrong, '\n'.join(f'cell {i}, stored:\n{a}\nnew:\n{b}' for i,a,b in wrong)
+
+def test_a_stale_output_is_noticed():
+    def cell(text): return dict(cell_type='code', source='x', outputs=[dict(output_type='stream', text=text)])
+    assert not stale([cell('loss 0.512')], [cell('loss 0.513')])
+    assert len(stale([cell('loss 0.512')], [cell('loss 0.612')]))==1
+    assert len(stale([cell("['dev','test']")], [cell("['dev']")]))==1
+    assert len(stale([cell('3 rows')], [cell('4 rows')]))==1
+    assert len(stale([cell('fresh')], [cell('')]))==1

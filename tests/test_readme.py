@@ -1,0 +1,59 @@
+"Every line of README works in a fresh clone: Python blocks are run, commands too, at scale smoke where they train."
+import os, re, shlex, shutil, subprocess, sys
+from pathlib import Path
+import pytest
+
+root = Path(__file__).parents[1]
+readme = (root/'README.md').read_text(encoding='utf-8')
+pytest.importorskip('espeakng_loader', reason='the speech notebook needs the extra `demo`')
+
+def blocks(language): return re.findall(rf'^```{language}\n(.*?)^```', readme, re.M|re.S)
+
+def lines(): return [l for block in blocks('sh') for l in block.splitlines() if l.strip()]
+
+@pytest.fixture(scope='module')
+def clone(tmp_path_factory):
+    "The files of the repository as a clone has them, without anything that git ignores"
+    folder = tmp_path_factory.mktemp('clone')
+    listed = subprocess.run(['git','ls-files','-co','--exclude-standard','-z'], cwd=root, capture_output=True, text=True)
+    if listed.returncode: pytest.skip('this is not a git repository')
+    for name in filter(None, listed.stdout.split('\0')):
+        if not (root/name).is_file(): continue
+        (folder/name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(root/name, folder/name)
+    return folder
+
+def run(command, clone):
+    "Run `command`, a list of words, in the clone with the clone's library"
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ['PATH']])
+    env = {**os.environ, 'PYTHONPATH':str(clone), 'PATH':path, 'CALD_SCALE':'smoke', 'OMP_NUM_THREADS':'1'}
+    for name in ('CALD_RUNS','CALD_OUT','IN_TEST'): env.pop(name, None)
+    return subprocess.run(command, cwd=clone, env=env, capture_output=True, text=True, timeout=900)
+
+def small(line):
+    "The words of a shell line: packages are not installed, make prints its commands, results are made at scale smoke"
+    words = shlex.split(line)
+    if words[0]=='make': return ['make','-n',*words[1:]]
+    if words[:2]==['pip','install']:
+        return [sys.executable,'-m','pip','install','--dry-run','--no-deps','--no-build-isolation','-q',*words[2:]]
+    if words[:2]==['cald','reproduce'] and '--dry-run' not in words: return [*words,'--scale','smoke']
+    return words
+
+@pytest.mark.parametrize('line', lines())
+def test_shell_lines_work_in_a_fresh_clone(clone, line):
+    done = run(small(line), clone)
+    assert done.returncode==0, f'{line}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}'
+
+def test_python_blocks_run_one_after_the_other(clone):
+    code = '\n'.join(blocks('python'))
+    done = run([sys.executable,'-c',code], clone)
+    assert done.returncode==0, done.stderr[-2000:]
+
+def test_readme_comes_to_the_point():
+    assert len(readme.split())<=1200
+    assert len(readme[:readme.index('```python')].split())<=250
+    assert readme[:readme.index('convert(')].count('\n')<40
+
+def test_a_line_that_fails_is_noticed(clone):
+    assert run(small('papermill nbs/05_speech.ipynb nowhere/05_speech.ipynb -p stepz 3'), clone).returncode
+    assert run(small('cald reproduce tabel3 --dry-run'), clone).returncode
