@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ARTEFACTS', 'GROUPS', 'BOOKKEEPING', 'Artefact', 'with_curves', 'with_settings', 'select', 'nb_cells',
-           'notebook_defaults', 'is_test', 'cells_hash', 'module_file', 'module_hash', 'imported_names', 'imports_of',
+           'notebook_defaults', 'is_test', 'cells_hash', 'module_hash', 'imported_names', 'module_imports',
            'notebook_imports', 'modules_of', 'copies_folder', 'fill_placeholders', 'data_paths', 'copy_data',
            'weights_hash', 'current_inputs', 'stamp', 'parameter_changes', 'code_changes', 'other_changes', 'damage',
            'is_training', 'result_state', 'status', 'base_commit', 'compare_with_commit', 'acceptable', 'accept',
@@ -175,13 +175,9 @@ def cells_hash(path)->str:
 # %% ../../nbs/09_status.ipynb #794473fc
 BOOKKEEPING = {'files', 'lab.grid', 'lab.store', 'lab.queue', 'lab.results', 'lab.plots'}
 
-def module_file(name:str)->Path:
-    "The file of module cald.`name` in this checkout"
-    return project_folder()/'cald'/f"{name.replace('.', '/')}.py"
-
-def module_hash(name:str):
-    "The hash of module cald.`name` in this checkout as `fingerprint` takes it; None if the file does not exist"
-    file = module_file(name)
+def module_hash(name:str, library=None):
+    "The hash of module cald.`name` in folder `library` as `fingerprint` takes it; None if it does not exist"
+    file = (library or project_folder()/'cald')/f"{name.replace('.', '/')}.py"
     return code_hash(file) if file.exists() else None
 
 def imported_names(source:str, package:str)->set:
@@ -194,14 +190,11 @@ def imported_names(source:str, package:str)->set:
     return found
 
 @once_per_state
-def _imports(file)->frozenset:
+def module_imports(file)->frozenset:
+    "Names, without `cald.`, of modules of cald and their members that module `file` imports, anywhere in its code"
     package = '.'.join(Path(file).relative_to(project_folder()).parent.parts)
     names = imported_names(Path(file).read_text(encoding='utf-8'), package)
     return frozenset(n.removeprefix('cald.') for n in names if n.startswith('cald.'))
-
-def imports_of(name:str)->set:
-    "The modules of cald that module cald.`name` imports, anywhere in its code; names without the prefix `cald.`"
-    return {n for n in _imports(module_file(name)) if module_file(n).exists()}
 
 # %% ../../nbs/09_status.ipynb #ce9e4489
 @once_per_state
@@ -217,12 +210,13 @@ def notebook_imports(path)->frozenset:
 
 def modules_of(a)->list:
     "The modules whose code decides the numbers of artefact `a`, found through the imports of its notebook"
-    todo,found = set(notebook_imports(a.path)),set()
+    library = project_folder()/'cald'
+    files = {'.'.join(f.relative_to(library).with_suffix('').parts): f for f in library.rglob('*.py')}
+    found,todo = set(),files.keys()&notebook_imports(a.path)
     while todo:
-        name = todo.pop()
-        if name in found or not module_file(name).exists(): continue
-        found.add(name)
-        todo |= imports_of(name)
+        found |= todo
+        imported = [module_imports(files[name]) for name in todo]
+        todo = files.keys()&set().union(*imported)-found
     return sorted(found-BOOKKEEPING)
 
 # %% ../../nbs/09_status.ipynb #e059708c
@@ -253,12 +247,12 @@ def weights_hash(path)->str:
 
 def current_inputs(a, record:dict)->dict:
     "The inputs that artefact `a` would be made from now; `record` is a provenance, which names the sources"
-    folder = project_folder()/'cald'/'checkpoints'
+    library = project_folder()/'cald'
     sources = sorted({c.split()[1] for c in record['cells']})
-    weights = {s: folder/s/'model.safetensors' for s in sources}
+    weights = {s: library/'checkpoints'/s/'model.safetensors' for s in sources}
     data = data_paths(a)
     return dict(notebook=a.notebook, cells=cells_hash(a.path),
-                modules={m: module_hash(m) for m in modules_of(a)},
+                modules={m: module_hash(m, library) for m in modules_of(a)},
                 packages={p: _version(p) for p in a.packages},
                 sources={s: weights_hash(f) for s,f in weights.items() if f.exists()},
                 data=hash_files(*data) if data and all(p.exists() for p in data) else None)
@@ -286,16 +280,15 @@ def parameter_changes(a, record:dict)->list:
     return [f'{k} {had[k]!r}, now {now[k]!r}' for k in counted
             if had[k]!=now[k] and not str(now[k]).endswith(f'/{had[k]}')]
 
-def code_changes(a, record:dict)->list:
-    "Modules and cells that differ from those that the result of `a` was made by"
-    had,now = record['made_from'],current_inputs(a, record)
+def code_changes(a, had:dict, now:dict)->list:
+    "Modules and cells that differ between the inputs that `a` had and has now"
     modules = had['modules'].keys()|now['modules'].keys()
     changed = [f'cald.{m}' for m in sorted(modules) if had['modules'].get(m)!=now['modules'].get(m)]
     return changed+[f'cells of {a.notebook}']*(had['cells']!=now['cells'])
 
-def other_changes(a, record:dict)->list:
+def other_changes(a, record:dict, now:dict)->list:
     "Packages, sources, data and parameters that differ from those that the result of `a` was made from"
-    had,now = record['made_from'],current_inputs(a, record)
+    had = record['made_from']
     packages = [f"{p} {v or 'absent'}, now {_version(p) or 'absent'}" for p,v in had['packages'].items()
                 if _version(p)!=v]
     sources = [f'source {s}' for s,h in had['sources'].items() if now['sources'].get(s)!=h]
@@ -335,8 +328,9 @@ def result_state(a, folder)->dict: # name, state, why, retrain, scale, seeds, co
     row |= dict(scale=', '.join(record['scale']), seeds=len(record['seeds']), commit=commit)
     if not a.path.exists(): return {**row, 'state':'stale', 'why':f'nbs/{a.notebook}.ipynb does not exist'}
     if 'made_from' not in record: return {**row, 'state':'stale', 'why':'its inputs were not recorded'}
-    code = code_changes(a, record)
-    why = damage(a, folder)+code+other_changes(a, record)
+    now = current_inputs(a, record)
+    code = code_changes(a, record['made_from'], now)
+    why = damage(a, folder)+code+other_changes(a, record, now)
     retrain = any(map(is_training, code))
     return {**row, 'state':'stale' if why else 'fresh', 'why':'; '.join(why), 'retrain':retrain}
 
@@ -369,7 +363,8 @@ def acceptable(a, folder):
     file = Path(folder)/f'{a.name}.json'
     if not file.exists(): raise ValueError(f'{a.name}: no result in {folder}')
     record = read_json(file)
-    other = damage(a, folder)+(other_changes(a, record) if 'made_from' in record else ['inputs were not recorded'])
+    if 'made_from' not in record: raise ValueError(f'{a.name}: its inputs were not recorded; make it again')
+    other = damage(a, folder)+other_changes(a, record, current_inputs(a, record))
     if other: raise ValueError(f"{a.name}: not only its code has changed ({'; '.join(other)}); make it again")
     if record['dirty'] and not record.get('accepted'):
         raise ValueError(f'{a.name}: it was made by uncommitted code, which cannot be compared; make it again')
