@@ -146,15 +146,15 @@ def test_as_transformers_mamba2_chunk_scan():
         x,dt,A,B,C,D = ssd_inputs(l=l, dtype=torch.float32)
         torch.testing.assert_close(ssd(x,dt,A,B,C,D)[0], scan(x, dt, A, B, C, chunk_size=32, D=D), rtol=1e-4, atol=1e-4)
 
-def loses_the_state(Z, keep, state=None): return None,ops_pass_states(Z, keep, state)[1]
-def fades_twice(Z, keep, state=None): return ops_pass_states(Z, keep**2, state)
+def loses_the_state(Z, decay, S=None): return torch.zeros_like(Z),ops_pass_states(Z, decay, S)[1]
+def decays_twice(Z, decay, S=None): return ops_pass_states(Z, decay**2, S)
 def pads_in_front(t, m, q): return F.pad(t, (0,0)*(t.ndim-2)+(m*q-t.shape[1],0)).unflatten(1, (m,q))
 def drops_the_last(t, m, q):
     return ops_chunks(torch.cat([t[:,:-1], torch.zeros_like(t[:,:1])], 1) if m*q>t.shape[1] else t, m, q)
 def also_the_future(cum): return (cum[...,:,None]-cum[...,None,:]).clamp(max=0).exp()
 ops_pass_states,ops_chunks = ops.pass_states,ops.reshape_into_chunks
 
-@pytest.mark.parametrize('what,wrong', [('pass_states',loses_the_state), ('pass_states',fades_twice), ('reshape_into_chunks',pads_in_front),
+@pytest.mark.parametrize('what,wrong', [('pass_states',loses_the_state), ('pass_states',decays_twice), ('reshape_into_chunks',pads_in_front),
                                         ('reshape_into_chunks',drops_the_last), ('decay_matrix',also_the_future)])
 def test_a_wrong_scan_is_noticed(monkeypatch, what, wrong):
     monkeypatch.setattr(ops, what, wrong)
