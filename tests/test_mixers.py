@@ -1,4 +1,4 @@
-"The mixers against references in float64 and against transformers' own; what happens with padding; and that these checks notice mistakes."
+"The mixers against references in float64 and against transformers; padding; that these tests notice mistakes."
 import copy, logging, math
 from types import SimpleNamespace
 
@@ -22,13 +22,13 @@ def seed(monkeypatch):
     torch.manual_seed(0)
     monkeypatch.setenv('CALD_SCAN', 'torch')  # the chunks of Mamba's scan; its C++ has test_scan.py
 
-def ssd_inputs(b=2, l=10, h=4, p=3, g=2, n=5, fade=1., dt=2, dtype=f64):
+def ssd_inputs(b=2, l=10, h=4, p=3, g=2, n=5, decay=1., dt=2, dtype=f64):
     x,t,A,B,C,D = (torch.randn(s, dtype=f64) for s in [(b,l,h,p),(b,l,h),(h,),(b,l,g,n),(b,l,g,n),(h,)])
-    return [t.to(dtype) for t in (x, F.softplus(t-dt), -fade*(1+15*A.sigmoid()), B, C, D)]
+    return [t.to(dtype) for t in (x, F.softplus(t-dt), -decay*(1+15*A.sigmoid()), B, C, D)]
 
-def scan_inputs(b=2, l=10, d=6, n=4, fade=1., dt=2, dtype=f64):
+def scan_inputs(b=2, l=10, d=6, n=4, decay=1., dt=2, dtype=f64):
     u,t,A,B,C,D = (torch.randn(s, dtype=f64) for s in [(b,l,d),(b,l,d),(d,n),(b,l,n),(b,l,n),(d,)])
-    return [t.to(dtype) for t in (u, F.softplus(t-dt), -fade*(1+15*A.sigmoid()), B, C, D)]
+    return [t.to(dtype) for t in (u, F.softplus(t-dt), -decay*(1+15*A.sigmoid()), B, C, D)]
 
 SCANS = dict(ssd=(ssd, ssd_recurrence, ssd_inputs, (2,4,3,5)), scan=(selective_scan, selective_scan_recurrence, scan_inputs, (2,6,4)))
 scans = pytest.mark.parametrize('name', SCANS)
@@ -58,12 +58,12 @@ def test_chunked_is_the_recurrence_in_float64(name, l): same_as_recurrence(name,
 
 @scans
 @pytest.mark.parametrize('chunk', (1,2,3,5,8,11,12,100))
-def test_any_chunk_will_do(name, chunk): same_as_recurrence(name, 11, chunk=chunk)
+def test_any_chunk_size(name, chunk): same_as_recurrence(name, 11, chunk=chunk)
 
 @scans
 @pytest.mark.parametrize('l', LENGTHS)
 def test_float32_keeps_its_digits(name, l):
-    "With steps as they are when training starts; those of the tests above are ten times as long"
+    "With the step sizes at the start of training; those of the tests above are ten times as large"
     fast,slow,make,_ = SCANS[name]
     a = [t.requires_grad_() for t in make(l=l, dt=4, dtype=torch.float32)]
     d = [t.detach().double().requires_grad_() for t in a]
@@ -72,18 +72,18 @@ def test_float32_keeps_its_digits(name, l):
     for g,g64 in zip(torch.autograd.grad(y.sum(), a), torch.autograd.grad(y64.sum(), d)): assert rms(g, g64)<1e-5
 
 @scans
-@pytest.mark.parametrize('fade', (0., 1e-7, 1e2, 1e8, 1e30))
-def test_fading_at_its_extremes(name, fade):
+@pytest.mark.parametrize('decay', (0., 1e-7, 1e2, 1e8, 1e30))
+def test_extreme_decay(name, decay):
     fast,slow,make,_ = SCANS[name]
-    a = [t.requires_grad_() for t in make(l=130, fade=fade, dtype=torch.float32)]
+    a = [t.requires_grad_() for t in make(l=130, decay=decay, dtype=torch.float32)]
     y,S = fast(*a)
     y64,S64 = slow(*(t.detach().double() for t in a))
     assert rms(y, y64)<1e-5 and rms(S, S64)<1e-5
     assert all(g.isfinite().all() for g in torch.autograd.grad(y.sum()+S.sum(), a))
 
 @scans
-def test_slow_fading_after_fast_fading(name):
-    "Differences of a running sum that has grown large"
+def test_slow_decay_after_fast_decay(name):
+    "Differences of a cumulative sum that has grown large"
     fast,slow,make,_ = SCANS[name]
     a = make(l=64, dtype=torch.float32)
     a[1][:,:20] *= 50
@@ -116,7 +116,7 @@ def test_sixteen_bits_in_and_out_but_not_between(name, dtype):
     y,S = fast(*a)
     y64,S64 = slow(*(t.double() for t in a))
     assert y.dtype==dtype and S.dtype==torch.float32
-    assert rms(y, y64)<3e-3 and rms(S, S64)<1e-5     # the outputs' own rounding, and not that of 257 steps
+    assert rms(y, y64)<3e-3 and rms(S, S64)<1e-5     # the rounding of the outputs, not of 257 steps
 
 @scans
 def test_autocast_does_not_reach_into_a_scan(name):
@@ -146,18 +146,20 @@ def test_as_transformers_mamba2_chunk_scan():
         x,dt,A,B,C,D = ssd_inputs(l=l, dtype=torch.float32)
         torch.testing.assert_close(ssd(x,dt,A,B,C,D)[0], scan(x, dt, A, B, C, chunk_size=32, D=D), rtol=1e-4, atol=1e-4)
 
-def loses_the_state(Z, keep, state=None): return None,ops_pass_states(Z, keep, state)[1]
-def fades_twice(Z, keep, state=None): return ops_pass_states(Z, keep**2, state)
+def loses_the_state(Z, decay, S=None): return torch.zeros_like(Z),ops_pass_states(Z, decay, S)[1]
+def decays_twice(Z, decay, S=None): return ops_pass_states(Z, decay**2, S)
 def pads_in_front(t, m, q): return F.pad(t, (0,0)*(t.ndim-2)+(m*q-t.shape[1],0)).unflatten(1, (m,q))
 def drops_the_last(t, m, q):
     return ops_chunks(torch.cat([t[:,:-1], torch.zeros_like(t[:,:1])], 1) if m*q>t.shape[1] else t, m, q)
 def also_the_future(cum): return (cum[...,:,None]-cum[...,None,:]).clamp(max=0).exp()
 ops_pass_states,ops_chunks = ops.pass_states,ops.reshape_into_chunks
 
-@pytest.mark.parametrize('what,wrong', [('pass_states',loses_the_state), ('pass_states',fades_twice), ('reshape_into_chunks',pads_in_front),
-                                        ('reshape_into_chunks',drops_the_last), ('decay_matrix',also_the_future)])
-def test_a_wrong_scan_is_noticed(monkeypatch, what, wrong):
-    monkeypatch.setattr(ops, what, wrong)
+MISTAKES = [('pass_states',loses_the_state), ('pass_states',decays_twice), ('reshape_into_chunks',pads_in_front),
+            ('reshape_into_chunks',drops_the_last), ('decay_matrix',also_the_future)]
+
+@pytest.mark.parametrize('name,wrong', MISTAKES)
+def test_a_wrong_scan_is_noticed(monkeypatch, name, wrong):
+    monkeypatch.setattr(ops, name, wrong)
     with pytest.raises(AssertionError): same_as_recurrence('ssd', 65)
 
 @pytest.mark.parametrize('wrong', (pads_in_front, drops_the_last))
@@ -196,7 +198,7 @@ def test_the_kernels_get_what_they_expect(monkeypatch, name):
     assert called==(['ssd','ssd'] if name=='ssd' else ['scan'])  # mamba_ssm's Mamba-1 scan takes no state
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
-def test_the_backend_is_said_once(monkeypatch, caplog):
+def test_the_backend_is_logged_once(monkeypatch, caplog):
     caplog.set_level(logging.INFO, 'cald.ops')
     ops._log_backend.cache_clear()
     assert backend()==backend('cpu')=='torch'
@@ -213,7 +215,7 @@ MASK = torch.tensor([[1,1,1,1,1],[1,1,1,0,0],[1,0,0,0,0]]).bool()
 
 @pytest.mark.parametrize('keep', (MASK, MASK.flip(1), torch.ones_like(MASK)), ids=('behind','in front','none'))
 @pytest.mark.parametrize('causal', (False, True))
-def test_masks_of_all_forms(keep, causal):
+def test_every_form_of_mask(keep, causal):
     b,l = keep.shape
     grid = keep[:,None,None].expand(b, 1, l, l)
     if causal: grid = grid & torch.ones(l, l).tril().bool()
@@ -401,7 +403,7 @@ def test_bf16_autocast_trains_with_parameters_in_float32(name, monkeypatch):
     y.float().pow(2).mean().backward()
     assert all(p.grad.dtype==torch.float32 and p.grad.isfinite().all() for p in m.parameters())
 
-def test_the_wrong_sizes_are_refused():
+def test_wrong_sizes_raise():
     with pytest.raises(ValueError, match='headdim=48 does not divide the inner width 64'): Mamba2(64, expand=1, headdim=48)
     with pytest.raises(ValueError, match='ngroups=3 does not divide the 2 heads'): Mamba2(64, expand=2, ngroups=3)
 
@@ -443,13 +445,13 @@ def test_linformer_with_a_slot_for_each_token_is_full_attention():
     torch.testing.assert_close(linformer_attention(q, K, V, E, E), (q@K.mT/2.).softmax(-1)@V)  # headdim 4
     assert (linformer_attention(q, K, V, torch.eye(7, dtype=f64), torch.eye(7, dtype=f64))-(q@K.mT/2.).softmax(-1)@V).abs().max()>1e-2
 
-def test_linformer_refuses_what_it_cannot_do():
+def test_linformer_errors():
     a,mask = linformer_inputs(),torch.arange(7)<torch.tensor([7,4,1])[:,None]
     with pytest.raises(ValueError, match='padding at the end'): linformer_attention(*a, mask.flip(1))
     with pytest.raises(ValueError, match='9 positions, but this Linformer was made for at most 8'): LinformerProjection(8, k=2)(9)
     with pytest.raises(ValueError, match="'none', 'kv' or 'layer'"): LinformerProjection(8, k=2, share='all')
 
-def test_linformer_keeps_the_size_of_what_it_mixes():
+def test_linformer_keeps_the_scale_of_its_inputs():
     x = torch.randn(2, 4, 200, 16)
     mask = torch.arange(200)<torch.tensor([200,50])[:,None]
     y = mix_rows(x, torch.randn(200, 64), mask)
@@ -553,7 +555,7 @@ def test_all_layers_of_a_model_have_one_matrix_and_no_two_models_do(tmp_path):
     parts = [g for n,g in descend(untied, x).items() if '.mixer.' in n]
     grad = descend(made['one'], x)['roberta.encoder.layer.2.attention.self.mixer.E']
     assert len(parts)==6
-    torch.testing.assert_close(grad, sum(parts), rtol=1e-10, atol=1e-14) # each layer's keys and values have their say
+    torch.testing.assert_close(grad, sum(parts), rtol=1e-10, atol=1e-14) # a sum over keys and values of all layers
     for n,s in made.items():
         kept = [torch.equal(p, q) for p,q in zip(s.parameters(), before[n])]
         assert not any(kept) if n=='one' else all(kept), n

@@ -18,7 +18,7 @@ needs_cpp = pytest.mark.skipif(library()[0] is None, reason=f'no C++ here: {libr
 def seed(monkeypatch):
     torch.manual_seed(0)
     monkeypatch.delenv('CALD_SCAN', raising=False)
-    scan._say.cache_clear()
+    scan._log_backend.cache_clear()
 
 def inputs(b=2, l=10, d=6, n=4, dt=.1, dtype=f64):
     u,s,A,B,C,D,h = (torch.randn(s, dtype=f64) for s in [(b,l,d),(b,l,d),(d,n),(b,l,n),(b,l,n),(d,),(b,d,n)])
@@ -308,7 +308,7 @@ def test_options_that_a_compiler_refuses_are_left_out(cache, monkeypatch, caplog
 
 def reasons(cache, monkeypatch):
     own = cache.parents[1]
-    yield dict(CXX='/nonexistent/c++'), 'OSError: CXX names /nonexistent/c.., which is no program'
+    yield dict(CXX='/nonexistent/c++'), 'OSError: CXX names /nonexistent/c.., which is not a program'
     yield dict(CXX='', PATH=str(own)), 'no C.. compiler was found'
     yield dict(CXX=wrapper(own, 'echo "scan.cpp:1: error: I cannot" >&2; exit 1')), 'the build failed: scan.cpp:1: error: I cannot'
     yield dict(CXX='"c++'), 'ValueError: No closing quotation'
@@ -353,7 +353,8 @@ def test_the_backend_is_said_once(monkeypatch, caplog):
     assert scan_backend()==scan_backend()=='cpp'
     monkeypatch.setenv('CALD_SCAN', 'torch')
     assert scan_backend()==scan_backend()=='torch'
-    assert [(r.levelname,r.getMessage()) for r in caplog.records]==[('INFO',"Mamba's scan runs by cpp on cpu"),('INFO',"Mamba's scan runs by torch on cpu")]
+    messages = [(r.levelname,r.getMessage()) for r in caplog.records]
+    assert messages==[('INFO', "Mamba's scan uses cpp on cpu"), ('INFO', "Mamba's scan uses torch on cpu")]
 
 # --- other processes -----------------------------------------------------------------------------------------------------------------
 
@@ -379,7 +380,7 @@ print('trained', y.isfinite().all().item(), build_folder().exists())''', CXX='/n
     out,err = p.communicate(timeout=300)
     assert p.returncode==0, err
     assert out.split()[-3]=='trained' and out.split()[-2]=='True'
-    assert err.count("Mamba's scan runs by torch on cpu")==1 and '/nonexistent/c++' in err
+    assert err.count("Mamba's scan uses torch on cpu")==1 and '/nonexistent/c++' in err
 
 @needs_cpp
 @pytest.mark.skipif(os.name!='posix', reason='kills a group of processes')
