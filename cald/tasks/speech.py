@@ -155,7 +155,7 @@ def encode_audio(model, # a Wav2Vec2 model
 
 # %% ../../nbs/04j_speech_tasks.ipynb #b7177f80
 def label_items(row, labels)->int:
-    "Characters that the paper divides the loss of `row` by: those of its transcript, or 3 for a speaker ('123')"
+    "Characters that the paper divides the loss of `row` by: those of the transcript; 3 for a speaker"
     text = getattr(row, 'text', None)
     has_text = isinstance(labels, Characters) or 'speaker' not in labels.classes
     return len(text) if isinstance(text, str) and has_text else 3
@@ -179,8 +179,8 @@ class SpeechDataset(torch.utils.data.Dataset):
 
 # %% ../../nbs/04j_speech_tasks.ipynb #04a00006
 def collate_speech(items, least:int=SAMPLE_RATE//2 # samples
-                  )->dict: # as for one item: `input_values`, `attention_mask` (batch, samples), `labels`, `num_items`
-    "Pad `items` to the longest: frames (batch, frames, channels) or (batch, samples) with 0, labels (batch, n) with -100"
+                  )->dict:
+    "Pad to the longest: `input_values` as (batch, frames, channels) or (batch, samples), `labels` with -100"
     pad = nn.utils.rnn.pad_sequence
     samples = torch.tensor([o['samples'] for o in items])
     x = pad([o['input_values'] for o in items], batch_first=True)
@@ -215,7 +215,7 @@ def speech_loss(model, labels,
 
 # %% ../../nbs/04j_speech_tasks.ipynb #b8cf333e
 def speech_scores(labels, preds, ys)->dict:
-    "In percent: `wer` and `cer` of texts, or accuracy of class tuples, `joint` (all columns right) and `slots` (mean)"
+    "Percent: `wer` and `cer` of texts, or accuracy of tuples, `joint` (all columns right) and `slots` (mean)"
     if isinstance(labels, Characters): return dict(wer=100*jiwer.wer(ys, preds), cer=100*jiwer.cer(ys, preds))
     right = np.array(preds)==np.array(ys)
     return dict(joint=100*right.all(1).mean(), slots=100*right.mean())
@@ -289,7 +289,7 @@ def read_digits(folder, task, cache)->pd.DataFrame:
 def read_data(path, task:str, # '' generates the stand-in
               cache,          # folder for generated data
               scale:str='demo')->pd.DataFrame:
-    "The manifest of `task` from `path`: a manifest, the folder of the paper's corpus, or a folder of recorded digits"
+    "The manifest of `task` at `path`: a manifest, the paper's corpus, or a folder of recorded digits"
     check_name(task, SPEECH_TASKS, 'task')
     if not path and scale=='paper':
         raise ValueError(f'scale paper needs data for the task {task}: '
