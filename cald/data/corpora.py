@@ -147,7 +147,7 @@ def slurp_rows(r:dict, # a line of a .jsonl file
 
 # %% ../../nbs/04h_corpora.ipynb #bbafed40
 def read_slurp(folder,               # a clone of SLURP's repository, or any folder with its .jsonl files
-               audio=None,           # parent of `slurp_real`; default: audio/, scripts/audio/ or `folder` itself
+               audio=None,           # parent of `slurp_real`; default: audio/ or scripts/audio/, or `folder`
                synthetic:bool=True,  # also train on the synthetic recordings
               )->pd.DataFrame:
     "The manifest of SLURP: one row for each recording of train, devel and test"
