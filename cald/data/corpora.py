@@ -10,7 +10,6 @@ __all__ = ['ONES', 'TENS', 'ORDINALS', 'UNITS', 'LATIN', 'SIGNS', 'SLURP_FILES',
 
 # %% ../../nbs/04h_corpora.ipynb #a8ed96b9
 import json
-import os
 import re
 import unicodedata
 from pathlib import Path

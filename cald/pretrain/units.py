@@ -17,7 +17,6 @@ from sklearn.cluster import MiniBatchKMeans
 
 # %% ../../nbs/10_units.ipynb #7c1dd476
 from ..data.commands import plan_recordings
-from ..data.speech import cnn_frames
 from ..data.voices import draw_room,Espeak,record,VOICES
 
 # %% ../../nbs/10_units.ipynb #4214a0df
