@@ -1,4 +1,4 @@
-"What the notebook 10a_speech_source cannot hold: plain references, the shipped checkpoint, faults"
+"Tests that the notebook 10a_speech_source cannot hold: plain references, the shipped checkpoint, faults"
 import json, math
 from dataclasses import replace
 import numpy as np, pytest, torch
@@ -63,7 +63,7 @@ def test_short_utterances_are_padded_and_not_counted(corpora):
     other = {**b, 'units':torch.where(b['valid'][...,None], b['units'], 3)}
     assert net(**b)['loss'].item()==net(**other)['loss'].item()
 
-def test_masked_frames_are_what_span_mask_says():
+def test_masked_frames_come_in_spans():
     m = span_mask(np.random.default_rng(0), 200, 50, .1, 5)
     for row in m: # every stretch of masked frames is as long as a span, if it does not end with the row
         edges = np.flatnonzero(np.diff(np.concatenate([[0],row.astype(int),[0]])))
@@ -81,7 +81,7 @@ def test_interrupted_run_equals_the_whole_one(corpora, tmp_path):
     for k,v in whole.state_dict().items(): assert torch.equal(v, again.state_dict()[k]), k
     assert [(a['step'],a['loss']) for a in S.read_log(tmp_path/'a'/'log.csv')]==[(a['step'],a['loss']) for a in S.read_log(tmp_path/'b'/'log.csv')]
 
-def test_stopped_by_the_clock_goes_on(corpora, tmp_path):
+def test_a_run_stopped_by_the_clock_resumes(corpora, tmp_path):
     train,held = corpora
     r = PretrainRecipe.tiny(steps=4)
     pretrain(r, train, held, tmp_path, max_seconds=0.)

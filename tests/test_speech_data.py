@@ -1,4 +1,4 @@
-"Speech data: what the notebooks 04d, 04e, 05a and 05b cannot hold"
+"Speech data: tests that the notebooks 04e to 04h cannot hold"
 import gzip, json, os, re, signal, subprocess, sys, time
 from dataclasses import astuple
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np, pandas as pd, pytest, soundfile as sf
 
 pytest.importorskip('espeakng_loader', reason='generated speech needs the package espeakng-loader')
-import cald.commands, cald.speech_data, cald.voices
+import cald.data.commands, cald.data.speech, cald.data.voices
 from cald.data.commands import INTENTS,partition,plan_recordings,SPLIT_SIZES,vocabulary,voices_of
 from cald.data.corpora import digits_manifest,read_slurp
 from cald.data.tables import DataError
@@ -79,7 +79,7 @@ def test_the_worker_needs_neither_the_package_nor_torch():
             "importlib.util.module_from_spec(s); s.loader.exec_module(m); print('torch' in sys.modules, 'cald' in sys.modules)")
     assert python(code).communicate(timeout=120)[0].split()==['False','False']
 
-def test_a_failing_job_is_told_and_leaves_no_file(tmp_path):
+def test_a_failing_job_raises_and_leaves_no_file(tmp_path):
     with pytest.raises(RuntimeError, match='espeak-ng has no Voice'):
         run_jobs([(str(tmp_path/'a.flac'), ['xx','m1',50], ['go'], [[0,0]])], 2)
     assert list(tmp_path.iterdir())==[]
@@ -147,7 +147,7 @@ def test_killed_generation_starts_again(corpus, tmp_path):
     assert manifest_hash(again)==manifest_hash(corpus) and len(check_manifest(again, 'asr')[1])==0
 
 def test_two_at_once_and_no_main_guard(corpus, tmp_path):
-    code = BARE+f"from cald.data.speech import generate,data_hash; print(data_hash(generate({str(tmp_path)!r}, {FEW}, workers=1)))"
+    code = BARE+f"from cald.data.speech import generate,manifest_hash; print(manifest_hash(generate({str(tmp_path)!r}, {FEW}, workers=1)))"
     both = [python(code) for _ in range(2)]
     out = [p.communicate(timeout=240) for p in both]
     assert [o.strip() for o,_ in out]==[manifest_hash(corpus)]*2, out[0][1][-500:]+out[1][1][-500:]
@@ -184,12 +184,12 @@ def test_manifests_name_file_and_row(tone, kind):
     assert f'{path}, row {len(lines)} (gone.wav): no such file' in str(e.value) and 'drop=True' in str(e.value)
     assert len(e.value.problems)==1
 
-@pytest.mark.parametrize('name,content,said', [('latin.tsv','audio\ttext\na.wav\tcafé\n'.encode('latin-1'),'latin.tsv, row 2: not UTF-8 (byte 0xe9)'),
+@pytest.mark.parametrize('name,content,message', [('latin.tsv','audio\ttext\na.wav\tcafé\n'.encode('latin-1'),'latin.tsv, row 2: not UTF-8 (byte 0xe9)'),
                                                ('wide.tsv','audio\ttext\n'.encode('utf-16'),'wide.tsv, row 1: not UTF-8 (byte 0xff)'),
                                                ('not.tsv.gz',b'audio\ttext\n','not.tsv.gz: damaged (Not a gzipped file'), ('half.tsv.gz',gzip.compress(b'audio\ttext\n'*9, mtime=0)[:-9],'half.tsv.gz: damaged (')])
-def test_a_manifest_that_is_no_text_is_named(tone, name, content, said):
+def test_a_manifest_that_is_not_text_is_named(tone, name, content, message):
     (tone/name).write_bytes(content)
-    with pytest.raises(DataError, match=re.escape(said)): read_manifest(tone/name)
+    with pytest.raises(DataError, match=re.escape(message)): read_manifest(tone/name)
 
 def test_manifest_round_trip(tone):
     df = manifest([dict(id='a', audio=tone/'ok.wav', text="what's up", speaker='é', split='train', start=.1, stop=1/3)])
@@ -216,22 +216,22 @@ FAULTS = {
     'the row ends at 9 s, the file at 1 s': dict(stop='9'),
     "unknown split 'trian'": dict(split='trian')}
 
-@pytest.mark.parametrize('said', FAULTS)
+@pytest.mark.parametrize('problem', FAULTS)
 @pytest.mark.parametrize('drop', [False, True])
-def test_faults(tone, said, drop, capsys):
+def test_faults(tone, problem, drop, capsys):
     sf.write(tone/'empty.wav', np.zeros(0), SAMPLE_RATE); sf.write(tone/'zero.wav', np.zeros(SAMPLE_RATE), SAMPLE_RATE)
     sf.write(tone/'nan.wav', np.full(SAMPLE_RATE, np.inf), SAMPLE_RATE, subtype='FLOAT'); (tone/'text.wav').write_bytes(b'RIFFnothing')
     good = dict(audio='ok.wav', text='go', split='train', start='', stop='')
-    rows = [good, good|FAULTS[said], good]
+    rows = [good, good|FAULTS[problem], good]
     (tone/'m.tsv').write_text('\n'.join(['\t'.join(good)]+['\t'.join(r.values()) for r in rows])+'\n')
     df = read_manifest(tone/'m.tsv')
     if drop:
         kept,left = check_manifest(df, 'asr', drop=True)
-        assert kept.index.tolist()==[0,2] and said in left.problem.iloc[0]
+        assert kept.index.tolist()==[0,2] and problem in left.problem.iloc[0]
         out = capsys.readouterr().out
-        assert '1 of 3 rows' in out and 'left out' in out and said in out
+        assert '1 of 3 rows' in out and 'left out' in out and problem in out
     else:
-        with pytest.raises(DataError, match=re.escape(said)) as e: check_manifest(df, 'asr')
+        with pytest.raises(DataError, match=re.escape(problem)) as e: check_manifest(df, 'asr')
         assert 'm.tsv, row 3' in str(e.value)
 
 def test_labels(tone):

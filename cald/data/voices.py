@@ -4,18 +4,27 @@
 
 # %% auto #0
 __all__ = ['SAMPLE_RATE', 'PEAK', 'ACCENTS', 'PITCHES', 'VARIANTS', 'VOICES', 'WORKER', 'lowpass', 'to_rate', 'Voice', 'Espeak',
-           'make_voices', 'trim', 'noise', 'Room', 'draw_room', 'record', 'speak_and_record', 'write_shard', 'serve',
-           'run_jobs']
+           'make_voices', 'trim', 'noise', 'Room', 'draw_room', 'add_echo', 'record', 'speak_and_record', 'to_int16',
+           'write_shard', 'serve', 'run_jobs']
 
 # %% ../../nbs/04e_voices.ipynb #a44d9f1a
-import _ctypes,ctypes,hashlib,json,os,queue,subprocess,sys,threading
+import _ctypes
+import ctypes
+import hashlib
+import json
+import os
+import queue
+import subprocess
+import sys
+import threading
 from dataclasses import dataclass
 from functools import lru_cache
 from math import gcd
 from pathlib import Path
 
 # %% ../../nbs/04e_voices.ipynb #a614c956
-import numpy as np,soundfile as sf
+import numpy as np
+import soundfile as sf
 from fastcore.basics import patch
 from scipy.fft import irfft,next_fast_len,rfft,rfftfreq
 from scipy.signal import fftconvolve,firwin,lfilter,resample_poly
@@ -26,21 +35,25 @@ PEAK = 32767 # largest 16-bit sample
 
 @lru_cache
 def lowpass(up:int, down:int)->np.ndarray:
-    "The filter that `resample_poly` would design anew at each call"
-    return firwin(20*max(up, down)+1, 1/max(up, down), window=('kaiser', 5.))
+    "The filter that `resample_poly` would design at each call"
+    ratio = max(up, down)
+    return firwin(20*ratio+1, 1/ratio, window=('kaiser', 5.))
 
 def to_rate(wave:np.ndarray, # (samples,) or (samples, channels)
             rate:int,        # its sampling rate
            )->np.ndarray:    # (samples,) float32
     "`wave` as mono at 16 kHz"
     if wave.ndim>1: wave = wave.mean(1)
-    up,down = SAMPLE_RATE//gcd(int(rate), SAMPLE_RATE),int(rate)//gcd(int(rate), SAMPLE_RATE)
-    return (wave if rate==SAMPLE_RATE else resample_poly(wave, up, down, window=lowpass(up, down))).astype(np.float32)
+    if rate==SAMPLE_RATE: return wave.astype(np.float32)
+    common = gcd(int(rate), SAMPLE_RATE)
+    up = SAMPLE_RATE//common
+    down = int(rate)//common
+    return resample_poly(wave, up, down, window=lowpass(up, down)).astype(np.float32)
 
 # %% ../../nbs/04e_voices.ipynb #cfb3a9bf
 @dataclass(frozen=True)
 class Voice:
-    "A speaker: an accent, one of espeak-ng's voice variants, and a base pitch (0 to 99, 50 is the variant's own)"
+    "A speaker: an accent, one of espeak-ng's voice variants, and a base pitch (0 to 99, default 50)"
     accent:str
     variant:str
     pitch:int
@@ -49,36 +62,46 @@ class Voice:
 
 # %% ../../nbs/04e_voices.ipynb #afb13382
 class Espeak:
-    "espeak-ng through ctypes: `Espeak()(text, voice)`. The library is loaded anew for each utterance, so that none depends on another"
+    "espeak-ng through ctypes: `Espeak()(text, voice)` loads the library for each utterance"
     def __init__(self):
         try: import espeakng_loader as loader
-        except ImportError: raise ImportError("Generated speech needs espeak-ng: pip install espeakng-loader") from None
-        self.library,self.data = str(loader.get_library_path()),str(loader.get_data_path())
+        except ImportError:
+            raise ImportError("Generated speech needs espeak-ng: pip install espeakng-loader") from None
+        self.library = str(loader.get_library_path())
+        self.data = str(loader.get_data_path())
+
     def __enter__(self):
-        self.chunks,self.lib = [],ctypes.CDLL(self.library)
-        self.rate = self.lib.espeak_Initialize(2, 0, self.data.encode(), 0x8000) # 2: synchronous, samples to a callback
+        self.chunks = []
+        self.lib = ctypes.CDLL(self.library)
+        self.rate = self.lib.espeak_Initialize(2, 0, self.data.encode(), 0x8000) # 2: samples to a callback
         if self.rate<=0: raise RuntimeError(f"espeak-ng did not start with the data in {self.data}")
         kind = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
         self.callback = kind(self.collect)
         self.lib.espeak_SetSynthCallback(self.callback)
         return self
+
     def __exit__(self, *args):
         self.lib.espeak_Terminate()
         handle = self.lib._handle
         del self.lib
-        (_ctypes.dlclose if hasattr(_ctypes, 'dlclose') else _ctypes.FreeLibrary)(handle)
+        close = _ctypes.dlclose if hasattr(_ctypes, 'dlclose') else _ctypes.FreeLibrary
+        close(handle)
+
     def collect(self, samples, n, events)->int:
-        "Keep `n` samples that the library hands over"
+        "Keep the `n` samples that the library passes"
         if samples and n>0: self.chunks.append(np.ctypeslib.as_array(samples, (n,)).copy())
         return 0
 
 # %% ../../nbs/04e_voices.ipynb #955e99e8
 @patch
 def speak(self:Espeak, text:str, voice:Voice, wpm:int=180, pitch:int=0, seed:int=1)->np.ndarray:
-    "`text` by the library as it is loaded now"
+    "Say `text` with the library that is loaded"
     self.chunks = []
-    if self.lib.espeak_SetVoiceByName(f'{voice.accent}+{voice.variant}'.encode()): raise ValueError(f"espeak-ng has no {voice}")
-    for k,v in ((1, wpm), (2, 25), (3, voice.pitch+pitch)): self.lib.espeak_SetParameter(k, int(v), 0) # 2: volume, low: no clipping
+    name = f'{voice.accent}+{voice.variant}'
+    if self.lib.espeak_SetVoiceByName(name.encode()): raise ValueError(f"espeak-ng has no {voice}")
+    volume = 25 # low: no clipping
+    for parameter,value in ((1, wpm), (2, volume), (3, voice.pitch+pitch)):
+        self.lib.espeak_SetParameter(parameter, int(value), 0)
     self.lib.espeak_ng_SetRandSeed(ctypes.c_long(seed))
     data = text.encode()+b'\0'
     self.lib.espeak_Synth(data, len(data), 0, 0, 0, 1, None, None) # 1: the text is UTF-8
@@ -88,7 +111,7 @@ def speak(self:Espeak, text:str, voice:Voice, wpm:int=180, pitch:int=0, seed:int
 @patch
 def __call__(self:Espeak, text:str, voice:Voice,
              wpm:int=180,  # words a minute
-             pitch:int=0,  # added to the voice's own
+             pitch:int=0,  # added to the voice's base pitch
              seed:int=1,   # of the library's random numbers
             )->np.ndarray: # (samples,) float32 at 16 kHz
     "`text` spoken by `voice`; the same arguments give the same samples, whatever was spoken before"
@@ -105,9 +128,10 @@ def version(self:Espeak)->str:
 ACCENTS = ['en-us','en-gb-x-rp','en-us','en','en-us-nyc','en-us','en-gb-scotland']
 PITCHES = [50,38,62,44,56]
 VARIANTS = {k:v.split('|') for k,v in dict(
-    train="m1|m2|m3|m4|m5|m6|m7|m8|Mike|fast|f1|f2|f3|f5|aunty|linda|klatt3|klatt5|benjamin|edward2|mike2|croak|edward|robosoft"
-          "|robosoft3|robosoft5|robosoft8|RicishayMax|RicishayMax2|announcer|iven|iven2|steph|max|grandpa|Alex"
-          "|Nguyen|Michael|gustave|antonio|marcelo|pablo|Andrea|travis|Jacky|quincy|david|belinda",
+    train="m1|m2|m3|m4|m5|m6|m7|m8|Mike|fast|f1|f2|f3|f5|aunty|linda|klatt3|klatt5|benjamin|edward2|mike2"
+          "|croak|edward|robosoft|robosoft3|robosoft5|robosoft8|RicishayMax|RicishayMax2|announcer|iven|iven2"
+          "|steph|max|grandpa|Alex|Nguyen|Michael|gustave|antonio|marcelo|pablo|Andrea|travis|Jacky|quincy"
+          "|david|belinda",
     dev="victor|Denis|Mr serious|Gene|sandro|anika|Andy|Storm|norbert",
     test="paul|john|pedro|Henrique|Hugo|miguel|Diogo|rob|robert|grandma|Annie|Mario|boris|ed").items()}
 
@@ -119,14 +143,15 @@ VOICES = {part:make_voices(part) for part in VARIANTS}
 
 # %% ../../nbs/04e_voices.ipynb #13b458fd
 def trim(wave:np.ndarray,
-         floor:float=-35.,   # dB below the loudest frame that counts as silence
+         floor:float=-35.,   # silence is below this level, in dB relative to the loudest frame
          frame:int=160,      # samples
         )->np.ndarray:
     "`wave` without the silence at its ends"
     n = len(wave)//frame
     level = (wave[:n*frame].reshape(n, frame)**2).mean(1) if n else np.zeros(0)
     loud = np.flatnonzero(level>level.max(initial=0)*10**(floor/10))
-    return wave[max(0, loud[0]-2)*frame:(loud[-1]+3)*frame] if len(loud) else wave[:0]
+    if not len(loud): return wave[:0]
+    return wave[max(0, loud[0]-2)*frame:(loud[-1]+3)*frame]
 
 # %% ../../nbs/04e_voices.ipynb #e2b85904
 def noise(n:int, colour:float, # the spectrum falls as 1/f^colour: 0 white, 1 pink, 2 brown
@@ -142,7 +167,7 @@ def noise(n:int, colour:float, # the spectrum falls as 1/f^colour: 0 white, 1 pi
 class Room:
     "How one utterance is recorded"
     wpm:int         # words a minute
-    pitch:int       # added to the voice's own
+    pitch:int       # added to the voice's base pitch
     gain:float      # dB, of the peak
     snr:float       # dB; nan: no noise
     colour:float    # of the noise
@@ -151,47 +176,64 @@ class Room:
     pad:tuple       # seconds before and after the speech
 
 def draw_room(rng:np.random.Generator)->Room:
-    "Conditions at random; nothing of them depends on the speaker"
+    "Random conditions, independent of the speaker"
     u = rng.uniform
-    return Room(wpm=int(u(170,230)), pitch=int(rng.integers(-3,4)), gain=u(-20,0), snr=u(12,35) if rng.random()>.15 else float('nan'),
-                colour=u(0,2), tilt=u(-.3,.3) if rng.random()<.5 else 0., reverb=u(.05,.2) if rng.random()<.25 else 0.,
-                pad=(u(.03,.1),u(.03,.1)))
+    wpm = int(u(170,230))
+    pitch = int(rng.integers(-3,4))
+    gain = u(-20,0)
+    snr = u(12,35) if rng.random()>.15 else float('nan')
+    colour = u(0,2)
+    tilt = u(-.3,.3) if rng.random()<.5 else 0.
+    reverb = u(.05,.2) if rng.random()<.25 else 0.
+    pad = (u(.03,.1),u(.03,.1))
+    return Room(wpm, pitch, gain, snr, colour, tilt, reverb, pad)
 
 # %% ../../nbs/04e_voices.ipynb #5fb36cd3
+def add_echo(x:np.ndarray, seconds:float, rng:np.random.Generator)->np.ndarray:
+    "`x` with a random echo that falls by 60 dB in `seconds`"
+    t = np.arange(int(seconds*SAMPLE_RATE))/SAMPLE_RATE
+    echo = rng.standard_normal(len(t))*10**(-3*t/seconds)
+    echo *= .35/np.linalg.norm(echo)
+    echo[0] = 1.
+    return fftconvolve(x, echo)[:len(x)]
+
 def record(wave:np.ndarray, # (samples,) speech
            room:Room, rng:np.random.Generator)->np.ndarray: # (samples,) float32
     "`wave` as it is recorded in `room`"
     x = np.pad(trim(wave), [int(s*SAMPLE_RATE) for s in room.pad])
-    if room.reverb:
-        t = np.arange(int(room.reverb*SAMPLE_RATE))/SAMPLE_RATE
-        echo = rng.standard_normal(len(t))*10**(-3*t/room.reverb)
-        echo *= .35/np.linalg.norm(echo)
-        echo[0] = 1.
-        x = fftconvolve(x, echo)[:len(x)]
+    if room.reverb: x = add_echo(x, room.reverb, rng)
     if room.tilt: x = lfilter([1,-room.tilt], [1], x)
-    if room.snr==room.snr: x = x + noise(len(x), room.colour, rng)*np.sqrt((x**2).mean())*10**(-room.snr/20)
-    return (x*(.95*10**(room.gain/20)/max(np.abs(x).max(), 1e-9))).astype(np.float32)
+    if room.snr==room.snr: # not nan
+        x = x + noise(len(x), room.colour, rng)*np.sqrt((x**2).mean())*10**(-room.snr/20)
+    peak = max(np.abs(x).max(), 1e-9)
+    return (x*(.95*10**(room.gain/20)/peak)).astype(np.float32)
 
 # %% ../../nbs/04e_voices.ipynb #ef39d33d
 def speak_and_record(espeak:Espeak, text:str, voice:Voice,
-        key:list, # integers that name the utterance: they fix all that is random
+        key:list, # integers that number the utterance: they fix everything random
        )->np.ndarray:
     "`text` spoken by `voice` and recorded, at 16 kHz"
     rng = np.random.default_rng(key)
     room = draw_room(rng)
-    return record(espeak(text, voice, room.wpm, room.pitch, int(rng.integers(1, 2**31))), room, rng)
+    seed = int(rng.integers(1, 2**31))
+    wave = espeak(text, voice, room.wpm, room.pitch, seed)
+    return record(wave, room, rng)
 
 # %% ../../nbs/04e_voices.ipynb #db6e7c0b
+def to_int16(wave:np.ndarray)->np.ndarray: return np.round(wave*PEAK).astype(np.int16)
+
 def write_shard(path:str, voice:list, # accent, variant and pitch
-                texts:list, keys:list)->tuple: # start and stop of each text, in samples; sha256 of the samples
-    "All `texts` of one voice, one after the other, as a FLAC file"
-    espeak,waves = Espeak(),[]
-    for text,key in zip(texts, keys): waves.append(np.round(speak_and_record(espeak, text, Voice(*voice), key)*PEAK).astype(np.int16))
-    ends = np.cumsum([len(w) for w in waves])
+                texts:list, keys:list)->tuple:
+    "Write all `texts` of one voice as a FLAC file; return their starts and stops, in samples, and a sha256"
+    espeak = Espeak()
+    waves = [to_int16(speak_and_record(espeak, text, Voice(*voice), key)) for text,key in zip(texts, keys)]
+    samples = np.concatenate(waves)
+    stops = np.cumsum([len(w) for w in waves])
     tmp = Path(f'{path}.{os.getpid()}.tmp')
-    sf.write(tmp, np.concatenate(waves), SAMPLE_RATE, format='FLAC', subtype='PCM_16')
+    sf.write(tmp, samples, SAMPLE_RATE, format='FLAC', subtype='PCM_16')
     os.replace(tmp, path)
-    return [(int(b-len(w)), int(b)) for w,b in zip(waves, ends)],hashlib.sha256(np.concatenate(waves).tobytes()).hexdigest()
+    ends = [(int(stop-len(w)), int(stop)) for w,stop in zip(waves, stops)]
+    return ends,hashlib.sha256(samples.tobytes()).hexdigest()
 
 # %% ../../nbs/04e_voices.ipynb #65ca7cf2
 WORKER = """import importlib.util,json,sys
@@ -201,27 +243,35 @@ spec.loader.exec_module(module)
 for line in sys.stdin: print(json.dumps(module.write_shard(*json.loads(line))), flush=True)"""
 
 def serve(module:str, jobs:list, todo:queue.SimpleQueue, results:list, errors:list):
-    "Let one process do jobs until none is left to do or one has failed"
-    p = subprocess.Popen([sys.executable, '-c', WORKER, module], text=True, **{s: subprocess.PIPE for s in ('stdin','stdout','stderr')})
+    "Let one process do jobs until none is left or one has failed"
+    pipes = {s: subprocess.PIPE for s in ('stdin','stdout','stderr')}
+    process = subprocess.Popen([sys.executable, '-c', WORKER, module], text=True, **pipes)
     try:
         while not errors:
             try: i = todo.get_nowait()
             except queue.Empty: break
-            p.stdin.write(json.dumps(jobs[i])+'\n'); p.stdin.flush()
-            line = p.stdout.readline()
-            if not line: raise RuntimeError('A process that generates speech ended: '+p.stderr.read().strip()[-2000:])
+            process.stdin.write(json.dumps(jobs[i])+'\n')
+            process.stdin.flush()
+            line = process.stdout.readline()
+            if not line:
+                message = process.stderr.read().strip()[-2000:]
+                raise RuntimeError('A process that generates speech ended: '+message)
             results[i] = json.loads(line)
     except (OSError,RuntimeError) as e: errors.append(e)
-    finally: p.kill(); p.communicate()
+    finally:
+        process.kill()
+        process.communicate()
 
 # %% ../../nbs/04e_voices.ipynb #ed3a1f10
 def run_jobs(jobs:list,    # arguments of `write_shard`
              workers:int,  # processes; 0: this one
             )->list:
-    "The results of `jobs`, in order. Raises RuntimeError with what a process said if it ended"
+    "The results of `jobs`, in order; RuntimeError with the output of a process that ended"
     if not workers: return [write_shard(*j) for j in jobs]
-    todo,results,errors = queue.SimpleQueue(),[None]*len(jobs),[]
+    todo = queue.SimpleQueue()
     for i in range(len(jobs)): todo.put(i)
+    results = [None]*len(jobs)
+    errors = []
     args = (__file__, jobs, todo, results, errors)
     threads = [threading.Thread(target=serve, args=args, daemon=True) for _ in range(min(workers, len(jobs)))]
     for t in threads: t.start()
