@@ -37,7 +37,7 @@ demo: $(VENV)/.demo
 	@echo; echo "Speech table, this machine, one seed ($(OUT)/table3.md):"; echo; cat $(OUT)/table3.md
 	@echo; if [ "$${CALD_SCALE:-demo}" != demo ]; then echo "The committed result is one of scale demo: this one, of scale $$CALD_SCALE, is not compared with it."; \
 	elif [ -f paper_figures/table3.csv ]; then echo "Beside the committed result in paper_figures/:"; echo; \
-	$(BIN)/python -c "import pandas as pd; from cald.lab.queue import compare_with_committed as c; print(c('table3', pd.read_csv('$(OUT)/table3.csv')).round(2).to_string(index=False))"; \
+	$(BIN)/python -c "import pandas as pd; from cald.lab.results import compare_with_committed as c; print(c('table3', pd.read_csv('$(OUT)/table3.csv')).round(2).to_string(index=False))"; \
 	else echo "paper_figures/ has no committed result yet."; fi
 	@echo; echo "Table and figures: $(OUT)/    the notebook with its outputs: runs/05_speech.ipynb"
 
