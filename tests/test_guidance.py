@@ -1,8 +1,15 @@
-"Guidance: the paper's losses written out in float64, and what each mode's teacher does at which step."
-import copy, gc, weakref
+"Guidance: the paper's losses written out in float64, and the teacher of each mode at each step."
+import copy
+import gc
+import random
+import weakref
 
-import numpy as np, pytest, torch, torch.nn.functional as F
-from transformers import RobertaConfig, RobertaForSequenceClassification, Wav2Vec2Config, Wav2Vec2ForCTC, get_scheduler
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import RobertaConfig,RobertaForSequenceClassification,Wav2Vec2Config,Wav2Vec2ForCTC
+from transformers import get_scheduler
 from transformers.utils import ModelOutput
 
 from cald.guidance import Hybrid,Target,Trajectory,Unguided,Waypoint
@@ -13,108 +20,148 @@ from cald.resume import load_state,save_state,seeded_rng
 
 def roberta(seed=0, dropout=0.1):
     torch.manual_seed(seed)
-    return RobertaForSequenceClassification(RobertaConfig(vocab_size=20, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
-        intermediate_size=32, max_position_embeddings=16, pad_token_id=1, hidden_dropout_prob=dropout,
-        attention_probs_dropout_prob=dropout))
+    size = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
+    return RobertaForSequenceClassification(RobertaConfig(
+        **size, vocab_size=20, max_position_embeddings=16, pad_token_id=1,
+        hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout))
 
-def wav2vec2(seed=0, **kw):
+def wav2vec2(seed=0, **kwargs):
     torch.manual_seed(seed)
-    return Wav2Vec2ForCTC(Wav2Vec2Config(**{**dict(vocab_size=8, hidden_size=16, num_hidden_layers=3, num_attention_heads=2,
-        intermediate_size=32, conv_dim=(8,8), conv_stride=(5,4), conv_kernel=(10,4), num_feat_extract_layers=2,
-        num_conv_pos_embeddings=8, num_conv_pos_embedding_groups=2, do_stable_layer_norm=True, feat_extract_norm='layer',
-        layerdrop=0., mask_time_prob=0.3, mask_time_length=2), **kw}))
+    size = dict(vocab_size=8, hidden_size=16, num_hidden_layers=3, num_attention_heads=2,
+                intermediate_size=32)
+    front_end = dict(conv_dim=(8,8), conv_stride=(5,4), conv_kernel=(10,4), num_feat_extract_layers=2,
+                     num_conv_pos_embeddings=8, num_conv_pos_embedding_groups=2, feat_extract_norm='layer')
+    config = dict(do_stable_layer_norm=True, layerdrop=0., mask_time_prob=0.3, mask_time_length=2)
+    return Wav2Vec2ForCTC(Wav2Vec2Config(**{**size, **front_end, **config, **kwargs}))
 
 def text(seed=0, n=4):
+    "`n` padded sentences with labels"
     g = torch.Generator().manual_seed(seed)
     mask = (torch.arange(10)<torch.randint(4, 11, (n,1), generator=g)).long()
-    return dict(input_ids=torch.randint(2, 20, (n,10), generator=g)*mask+1-mask, attention_mask=mask,
-                labels=torch.randint(0, 2, (n,), generator=g))
+    ids = torch.randint(2, 20, (n,10), generator=g)*mask+1-mask
+    return dict(input_ids=ids, attention_mask=mask, labels=torch.randint(0, 2, (n,), generator=g))
+
+def lengths(n, *counts):
+    "Mask (batch, n) of samples with `counts` valid positions"
+    return torch.arange(n)<torch.tensor(counts)[:,None]
 
 def states(L, *shape, seed):
-    "Hidden states of an `L`-layer model, and logits, in float64 with gradient"
+    "Hidden states of an `L`-layer model, in float64 with gradient"
     g = torch.Generator().manual_seed(seed)
-    hs = tuple(torch.randn(*shape, generator=g, dtype=torch.float64).requires_grad_() for _ in range(L+1))
-    return hs
+    return tuple(torch.randn(*shape, generator=g, dtype=torch.float64).requires_grad_() for _ in range(L+1))
+
+def randn(*shape): return torch.randn(*shape, dtype=torch.float64)
+
+def output(hidden_states=None, logits=None): return ModelOutput(hidden_states=hidden_states, logits=logits)
 
 def ln(x):
     "Layer norm without weights, written out"
-    return (x-x.mean(-1, keepdim=True))/torch.sqrt(((x-x.mean(-1, keepdim=True))**2).mean(-1, keepdim=True)+1e-5)
+    centred = x-x.mean(-1, keepdim=True)
+    return centred/torch.sqrt((centred**2).mean(-1, keepdim=True)+1e-5)
 
 def kl(s, t, T):
     "KL divergence of softened distributions, written out, over the last axis"
-    p,q = (t/T).softmax(-1),(s/T).softmax(-1)
+    p = (t/T).softmax(-1)
+    q = (s/T).softmax(-1)
     return (p*(p.log()-q.log())).sum(-1)
 
-same = lambda a, b: all(torch.equal(x, y) for x,y in zip(a.state_dict().values(), b.state_dict().values()))
+def same(a, b):
+    "Do two models have equal weights?"
+    return all(torch.equal(x, y) for x,y in zip(a.state_dict().values(), b.state_dict().values()))
+
+def run(g, batches):
+    "Call guidance `g` as a training loop does; `batches` has the batch of each step"
+    for step,batch in enumerate(batches):
+        g.teacher_forward(batch, step)
+        g.update(step+1)
+
+def generators():
+    "States of the random generators of Python, numpy and torch"
+    return random.getstate(),np.random.get_state()[1].tolist(),torch.get_rng_state().tolist()
+
+def close(a, b, rtol=1e-12, atol=0): torch.testing.assert_close(a, b, rtol=rtol, atol=atol)
 
 
-# the paper's losses ---------------------------------------------------------------------------------------------------------------
+# the paper's losses ------------------------------
 
 def test_paper_nlp_is_the_raw_sum_over_all_states_padding_included():
-    S,D,mask = states(12, 3,7,8, seed=0),states(12, 3,7,8, seed=1),torch.arange(7)<torch.tensor([[7],[5],[2]])
-    s,t = torch.randn(3,2, dtype=torch.float64),torch.randn(3,2, dtype=torch.float64)
+    S = states(12, 3,7,8, seed=0)
+    D = states(12, 3,7,8, seed=1)
+    s = randn(3,2)
+    t = randn(3,2)
     loss = loss_preset('paper-nlp', alpha=3., alpha_output=0.5)
-    res = loss(ModelOutput(hidden_states=S, logits=s), ModelOutput(hidden_states=D, logits=t), mask)
+    res = loss(output(S, s), output(D, t), lengths(7, 7,5,2))
     layer = 0.
     for l in range(13): layer = layer+torch.nn.MSELoss()(S[l], D[l])
-    output = F.kl_div(F.log_softmax(s/2, -1), F.softmax(t/2, -1), reduction='batchmean')*2**2
-    torch.testing.assert_close(res['layer'], 3*layer, rtol=1e-12, atol=0)
-    torch.testing.assert_close(res['output'], 0.5*output, rtol=1e-12, atol=0)
+    log_s = F.log_softmax(s/2, -1)
+    expected = F.kl_div(log_s, F.softmax(t/2, -1), reduction='batchmean')*2**2
+    close(res['layer'], 3*layer)
+    close(res['output'], 0.5*expected)
 
 def test_paper_lm_leaves_out_the_first_and_the_last_state():
-    S,D = states(16, 2,9,8, seed=0),states(16, 2,9,8, seed=1)
-    s,t = torch.randn(2,9,11, dtype=torch.float64),torch.randn(2,9,11, dtype=torch.float64)
-    res = loss_preset('paper-lm', alpha_output=2.)(ModelOutput(hidden_states=S, logits=s), ModelOutput(hidden_states=D, logits=t))
+    S = states(16, 2,9,8, seed=0)
+    D = states(16, 2,9,8, seed=1)
+    s = randn(2,9,11)
+    t = randn(2,9,11)
+    res = loss_preset('paper-lm', alpha_output=2.)(output(S, s), output(D, t))
     layer = sum(((ln(S[l])-ln(D[l]))**2).mean() for l in range(1,16))/15
-    torch.testing.assert_close(res['layer'], 15*layer, rtol=1e-12, atol=0)
-    torch.testing.assert_close(res['output'], 2*kl(s, t, 2).mean(), rtol=1e-12, atol=0) # no square of the temperature
+    close(res['layer'], 15*layer)
+    close(res['output'], 2*kl(s, t, 2).mean()) # without the square of the temperature
+
+def speech_micro_batch(i, b, l):
+    "Hidden states and logits of student and teacher, and a mask"
+    s = randn(b, l, 5).requires_grad_()
+    mask = torch.arange(l)<torch.randint(2, l+1, (b,1))
+    return states(24, b, l, 8, seed=i),states(24, b, l, 8, seed=10+i),s,randn(b, l, 5),mask
 
 def test_paper_speech_depends_on_the_accumulation_as_the_reference_does():
-    chars,sizes = [7,12,5],[(2,6),(3,9),(1,4)]
-    micro = [(states(24, *n, 8, seed=i),states(24, *n, 8, seed=10+i), torch.randn(*n, 5, dtype=torch.float64, requires_grad=True),
-              torch.randn(*n, 5, dtype=torch.float64), torch.arange(n[1])<torch.randint(2, n[1]+1, (n[0],1))) for i,n in enumerate(sizes)]
-    N,Fr = sum(chars),float(sum(m[-1].sum() for m in micro))
+    chars = [7,12,5]
+    micro = [speech_micro_batch(i, b, l) for i,(b,l) in enumerate([(2,6),(3,9),(1,4)])]
+    N = sum(chars)
+    frames = float(sum(m[-1].sum() for m in micro))
     loss = loss_preset('paper-speech', alpha=15., alpha_output=1.)
-    ours = sum(sum(loss(ModelOutput(hidden_states=S, logits=s), ModelOutput(hidden_states=D, logits=t), m, n/(Fr*N)).values())
-               for (S,D,s,t,m),n in zip(micro, chars))
-    got = torch.autograd.grad(ours, [h for S,*_ in micro for h in S[1:]]+[m[2] for m in micro])
-    ref = 0.
-    for (S,D,s,t,m),n in zip(micro, chars):
-        Si = 0.
+    ours = reference = 0.
+    for (S,D,s,t,mask),n in zip(micro, chars):
+        ours = ours+sum(loss(output(S, s), output(D, t), mask, n/(frames*N)).values())
+        layers = 0.
         for l in range(1,25):
-            a,b = S[l]*m[...,None],D[l]*m[...,None]
-            Si = Si+(m*((ln(a)-ln(b))**2).mean(-1)).sum()/24
-        ref = ref+15*(n/Fr)*Si+1*(n/Fr)*(m*kl(s, t, 2)).sum()
-    want = torch.autograd.grad(ref/N, [h for S,*_ in micro for h in S[1:]]+[m[2] for m in micro])
-    for a,b in zip(got, want): torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-14)
+            a = S[l]*mask[...,None]
+            b = D[l]*mask[...,None]
+            layers = layers+(mask*((ln(a)-ln(b))**2).mean(-1)).sum()/24
+        reference = reference+15*(n/frames)*layers+1*(n/frames)*(mask*kl(s, t, 2)).sum()
+    inputs = [h for S,*_ in micro for h in S[1:]]+[m[2] for m in micro]
+    got = torch.autograd.grad(ours, inputs)
+    expected = torch.autograd.grad(reference/N, inputs)
+    for a,b in zip(got, expected): close(a, b, rtol=1e-9, atol=1e-14)
 
-def test_the_default_does_not_see_padding_and_the_others_say_so():
-    S,D = states(3, 2,6,8, seed=0),states(3, 2,6,8, seed=1)
-    mask = torch.arange(6)<torch.tensor([[6],[3]])
+def test_padding_changes_the_nlp_loss_and_not_the_default():
+    S = states(3, 2,6,8, seed=0)
+    D = states(3, 2,6,8, seed=1)
+    mask = lengths(6, 6,3)
     noisy = tuple(torch.where(mask[...,None], h, 1e3*torch.randn_like(h)) for h in S)
-    a,b = (loss_preset()(ModelOutput(hidden_states=h), ModelOutput(hidden_states=D), mask)['layer'] for h in (S,noisy))
-    assert torch.equal(a, b)
-    torch.testing.assert_close(a, 10*sum(((ln(s)-ln(d))**2).mean(-1)[mask].mean() for s,d in zip(S[1:], D[1:]))/3, rtol=1e-12, atol=0)
-    a,b = (loss_preset('paper-nlp')(ModelOutput(hidden_states=h), ModelOutput(hidden_states=D), mask)['layer'] for h in (S,noisy))
-    assert b>100*a
+    def layer(name, hs): return loss_preset(name)(output(hs), output(D), mask)['layer']
+    assert torch.equal(layer('default', S), layer('default', noisy))
+    by_hand = sum(((ln(s)-ln(d))**2).mean(-1)[mask].mean() for s,d in zip(S[1:], D[1:]))/3
+    close(layer('default', S), 10*by_hand)
+    assert layer('paper-nlp', noisy)>100*layer('paper-nlp', S)
 
 def test_several_heads_are_averaged():
-    heads = [(torch.randn(4,3),torch.randn(4,3)),(torch.randn(4,7),torch.randn(4,7))]
-    s,t = (tuple(h[i] for h in heads) for i in (0,1))
-    got = HiddenLoss(alpha=0., alpha_output=1.)(ModelOutput(logits=s), ModelOutput(logits=t))['output']
-    torch.testing.assert_close(got, 4*sum(kl(a, b, 2).mean() for a,b in heads)/2, rtol=1e-5, atol=1e-6)
+    s = torch.randn(4,3),torch.randn(4,7)
+    t = torch.randn(4,3),torch.randn(4,7)
+    got = HiddenLoss(alpha=0., alpha_output=1.)(output(logits=s), output(logits=t))['output']
+    close(got, 4*sum(kl(a, b, 2).mean() for a,b in zip(s, t))/2, rtol=1e-5, atol=1e-6)
 
 @pytest.mark.parametrize('kw,word', [(dict(reduce='max'),'reduce'), (dict(per='frame'),'per')])
 def test_bad_fields_are_named(kw, word):
     with pytest.raises(ValueError, match=word): HiddenLoss(**kw)
 
 
-# valid positions and hidden states -----------------------------------------------------------------------------------------------------
+# valid positions and hidden states ------------------------------
 
 @pytest.mark.parametrize('n', [60,61,99,150])
 def test_frames_are_counted_as_the_model_counts_them(n):
     model = wav2vec2().eval()
-    batch = dict(input_values=torch.randn(2,150), attention_mask=(torch.arange(150)<torch.tensor([[150],[n]])).long())
+    batch = dict(input_values=torch.randn(2,150), attention_mask=lengths(150, 150,n).long())
     length = model(**batch, output_hidden_states=True).hidden_states[0].shape[1]
     assert state_length(model, batch)==length
     mask = state_mask(model, batch, length)
@@ -125,31 +172,33 @@ def test_frames_are_counted_as_the_model_counts_them(n):
 
 def test_frame_level_input_needs_no_rule():
     model = wav2vec2()
-    frames = dict(attention_mask=(torch.arange(9)<torch.tensor([[9],[4]])).long())
+    frames = dict(attention_mask=lengths(9, 9,4).long())
     assert state_length(model, frames)==9 and state_mask(model, frames, 9).sum()==13
 
-def test_a_skipped_layer_hands_on_its_input():
-    model = wav2vec2(layerdrop=0.5, apply_spec_augment=False, hidden_dropout=0., attention_dropout=0., activation_dropout=0.,
-                     feat_proj_dropout=0., final_dropout=0.).train()
+def test_the_state_of_a_skipped_layer_is_its_input():
+    no_dropout = dict.fromkeys(['hidden_dropout','attention_dropout','activation_dropout','feat_proj_dropout',
+                                'final_dropout'], 0.)
+    model = wav2vec2(layerdrop=0.5, apply_spec_augment=False, **no_dropout).train()
     x = dict(input_values=torch.randn(1,200))
-    enc = model.wav2vec2.encoder
-    seen = set()
+    encoder = model.wav2vec2.encoder
+    patterns = set()
     for seed in range(12):
         torch.manual_seed(seed)
-        with torch.no_grad(), complete_hidden_states(model) as fill: hs = fill(model(**x, output_hidden_states=True)).hidden_states
+        with torch.no_grad(), complete_hidden_states(model) as complete:
+            hs = complete(model(**x, output_hidden_states=True)).hidden_states
         torch.manual_seed(seed)
-        skip = [bool(torch.rand([])<0.5) for _ in enc.layers]
+        skipped = [bool(torch.rand([])<0.5) for _ in encoder.layers]
         h = hs[0]
-        want = [h]
+        expected = [h]
         with torch.no_grad():
-            for layer,s in zip(enc.layers, skip):
-                if not s: h = layer(h) if isinstance(layer(h), torch.Tensor) else layer(h)[0]
-                want.append(h)
-            want[-1] = enc.layer_norm(h)
+            for layer,skip in zip(encoder.layers, skipped):
+                if not skip: h = layer(h) if isinstance(layer(h), torch.Tensor) else layer(h)[0]
+                expected.append(h)
+            expected[-1] = encoder.layer_norm(h)
         assert len(hs)==4
-        for a,b in zip(hs, want): torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
-        seen.add(tuple(skip))
-    assert len(seen)>3 and not enc._forward_hooks and not enc.dropout._forward_hooks
+        for a,b in zip(hs, expected): close(a, b, rtol=1e-5, atol=1e-5)
+        patterns.add(tuple(skipped))
+    assert len(patterns)>3 and not encoder._forward_hooks and not encoder.dropout._forward_hooks
 
 def test_the_last_state_of_a_wav2vec2_is_after_its_final_norm():
     model = wav2vec2().eval()
@@ -157,22 +206,24 @@ def test_the_last_state_of_a_wav2vec2_is_after_its_final_norm():
     torch.testing.assert_close(run_teacher(model, x).hidden_states[-1], model.wav2vec2(**x).last_hidden_state)
 
 def test_a_teacher_in_train_mode_leaves_the_generators_alone_and_repeats_itself():
-    import random
     model = wav2vec2(layerdrop=0.3)
-    x = dict(input_values=torch.randn(2,300), attention_mask=torch.ones(2,300, dtype=torch.long), labels=torch.ones(2,3, dtype=torch.long))
-    before = random.getstate(),np.random.get_state()[1].copy(),torch.get_rng_state()
-    a,b,c = (run_teacher(model, x, train_mode=True, key=k) for k in ((0,1),(0,1),(0,2)))
-    assert random.getstate()==before[0] and (np.random.get_state()[1]==before[1]).all() and torch.equal(torch.get_rng_state(), before[2])
-    assert torch.equal(a.logits, b.logits) and not torch.equal(a.logits, c.logits)
+    x = dict(input_values=torch.randn(2,300), attention_mask=torch.ones(2,300, dtype=torch.long),
+             labels=torch.ones(2,3, dtype=torch.long))
+    before = generators()
+    a,b,c = [run_teacher(model, x, train_mode=True, key=key).logits for key in ((0,1),(0,1),(0,2))]
+    assert generators()==before
+    assert torch.equal(a, b) and not torch.equal(a, c)
     assert torch.equal(run_teacher(model, x).logits, run_teacher(model, x).logits)
 
-def test_own_rng_is_undone_by_an_error():
-    state = torch.get_rng_state()
-    with pytest.raises(KeyError), seeded_rng(1): torch.rand(3); raise KeyError
-    assert torch.equal(torch.get_rng_state(), state)
+def test_seeded_rng_restores_the_generators_after_an_error():
+    before = generators()
+    with pytest.raises(KeyError), seeded_rng(1):
+        torch.rand(3)
+        raise KeyError
+    assert generators()==before
 
 
-# trajectory -------------------------------------------------------------------------------------------------------------------------------
+# trajectory ------------------------------
 
 @pytest.mark.parametrize('every', [1,2,3])
 @pytest.mark.parametrize('micro', [1,2])
@@ -192,26 +243,31 @@ def test_the_trajectory_moves_on_its_steps_and_no_others(every, micro):
     p = torch.nn.Parameter(torch.zeros(1))
     opt = torch.optim.AdamW([p], lr=1e-2)
     sched = get_scheduler('linear', opt, num_warmup_steps=1, num_training_steps=9//every)
-    want = []
-    for _ in range(9//every): want.append(opt.param_groups[0]['lr']); opt.step(); sched.step()
-    assert rates==want
+    expected = []
+    for _ in range(9//every):
+        expected.append(opt.param_groups[0]['lr'])
+        opt.step()
+        sched.step()
+    assert rates==expected
 
 def test_the_trajectory_is_ordinary_fine_tuning():
-    "Against a loop of its own, with gradient accumulation, an odd last micro-batch and clipping"
+    "Against a plain loop, with gradient accumulation, an odd last micro-batch and clipping"
     model = roberta(dropout=0.).double()
     g = Trajectory(model, lr=1e-2, schedule='constant', warmup=0, clip=0.5, weight_decay=0.1)
     g.setup(4)
-    own = copy.deepcopy(model)
-    opt = torch.optim.AdamW(own.parameters(), lr=1e-2, weight_decay=0.1)
+    plain = copy.deepcopy(model)
+    opt = torch.optim.AdamW(plain.parameters(), lr=1e-2, weight_decay=0.1)
     for step,n in enumerate((2,2,1,2)):
         for i in range(n):
-            out = g.teacher_forward(text(10*step+i), step)
+            batch = text(10*step+i)
+            out = g.teacher_forward(batch, step)
             assert not any(h.requires_grad for h in out.hidden_states) and not out.logits.requires_grad
-            (own.train()(**text(10*step+i)).loss/n).backward()
-        torch.nn.utils.clip_grad_norm_(own.parameters(), 0.5)
-        opt.step(); opt.zero_grad()
+            (plain.train()(**batch).loss/n).backward()
+        torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.5)
+        opt.step()
+        opt.zero_grad()
         g.update(step+1)
-    for a,b in zip(own.parameters(), g.teacher.parameters()): torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+    for a,b in zip(plain.parameters(), g.teacher.parameters()): close(a, b, rtol=1e-9, atol=1e-12)
 
 def test_between_its_updates_a_trajectory_makes_no_gradient():
     g = Trajectory(roberta(), every=2)
@@ -224,7 +280,7 @@ def test_between_its_updates_a_trajectory_makes_no_gradient():
 def test_the_reference_schedule_is_there():
     g = Trajectory(roberta(), lr=1., every=4, schedule_steps=100, warmup=10)
     g.setup(100)
-    for step in range(100): g.teacher_forward(text(step, 1), step); g.update(step+1)
+    run(g, [text(step, 1) for step in range(100)])
     assert g.updates==25 and g.sched.get_last_lr()[0]==pytest.approx(75/90) # it never finishes decaying
 
 def test_frozen_parts_of_a_trajectory_stay():
@@ -232,7 +288,7 @@ def test_frozen_parts_of_a_trajectory_stay():
     model.roberta.embeddings.requires_grad_(False)
     g = Trajectory(model, lr=1e-2, warmup=0)
     g.setup(3)
-    for step in range(2): g.teacher_forward(text(step), step); g.update(step+1)
+    run(g, [text(0), text(1)])
     assert same(g.teacher.roberta.embeddings, model.roberta.embeddings) and not same(g.teacher, model)
 
 def test_a_trajectory_whose_gradient_is_not_finite_stops():
@@ -250,27 +306,28 @@ def test_an_own_forward_is_clean():
     assert not torch.equal(g.teacher_forward(text(), 0).logits, run_teacher(roberta(), text()).logits)
 
 def average_in_process(rank, world, folder):
-    "One of two processes with batches of their own"
-    torch.distributed.init_process_group('gloo', init_method=f'file://{folder}/meet', rank=rank, world_size=world)
+    "One of two processes; each has other batches"
+    meet = f'file://{folder}/meet'
+    torch.distributed.init_process_group('gloo', init_method=meet, rank=rank, world_size=world)
     g = Trajectory(roberta(dropout=0.), lr=1e-2, warmup=0)
     g.setup(3)
-    for step in range(3): g.teacher_forward(text(2*step+rank, 4), step); g.update(step+1)
+    run(g, [text(2*step+rank, 4) for step in range(3)])
     torch.save({k: v.clone() for k,v in g.teacher.state_dict().items()}, f'{folder}/{rank}.pt')
     torch.distributed.destroy_process_group()
 
 def test_the_teachers_of_two_processes_stay_the_same(tmp_path):
     torch.multiprocessing.spawn(average_in_process, args=(2,str(tmp_path)), nprocs=2)
-    a,b = (torch.load(tmp_path/f'{r}.pt', weights_only=True) for r in (0,1))
+    a,b = [torch.load(tmp_path/f'{rank}.pt', weights_only=True) for rank in (0,1)]
     assert all(torch.equal(a[k], b[k]) for k in a)
     g = Trajectory(roberta(dropout=0.), lr=1e-2, warmup=0)
     g.setup(3)
     for step in range(3):
-        for r in (0,1): g.teacher_forward(text(2*step+r, 4), step)
+        for rank in (0,1): g.teacher_forward(text(2*step+rank, 4), step)
         g.update(step+1)
     for k,v in g.teacher.state_dict().items(): torch.testing.assert_close(v, a[k], rtol=1e-4, atol=1e-5)
 
 
-# waypoint ---------------------------------------------------------------------------------------------------------------------------------
+# waypoint ------------------------------
 
 @pytest.fixture(scope='module')
 def snapshots(tmp_path_factory):
@@ -281,11 +338,13 @@ def snapshots(tmp_path_factory):
 def test_the_waypoint_is_the_first_snapshot_later_than_the_student(snapshots):
     g = Waypoint(snapshots)
     g.setup(40)
-    for step,want in ((0,10),(9,10),(10,20),(19,20),(20,30),(29,30),(30,30),(39,30)):
+    for step,snapshot in ((0,10),(9,10),(10,20),(19,20),(20,30),(29,30),(30,30),(39,30)):
         out = g.teacher_forward(text(), step)
-        assert g.logs()=={'waypoint': want} and torch.equal(out.logits, run_teacher(roberta(want), text()).logits), step
+        assert g.logs()=={'waypoint': snapshot}, step
+        assert torch.equal(out.logits, run_teacher(roberta(snapshot), text()).logits), step
 
-@pytest.mark.parametrize('cycle,total,switches', [(None,40,[10,20]), ('equal',30,[10,20]), ('equal',45,[15,30]), (7,45,[7,14])])
+@pytest.mark.parametrize('cycle,total,switches', [
+    (None, 40, [10,20]), ('equal', 30, [10,20]), ('equal', 45, [15,30]), (7, 45, [7,14])])
 def test_the_conventions_of_speech_and_nlp(snapshots, cycle, total, switches):
     g = Waypoint(snapshots, cycle=cycle)
     g.setup(total)
@@ -296,21 +355,23 @@ def test_loading_a_snapshot_is_lazy_and_draws_nothing(snapshots):
     loads = []
     def load(folder):
         loads.append(folder.name)
-        torch.rand(5); np.random.rand(5)
+        torch.rand(5)
+        np.random.rand(5)
         return roberta(10)
     g = Waypoint(snapshots, load=load)
     g.setup(40)
     assert not loads
-    a,b = torch.get_rng_state(),np.random.get_state()[1].copy()
+    before = generators()
     for step in range(12): g.teacher_forward(text(), step)
-    assert loads==['snapshot-10','snapshot-20'] and torch.equal(torch.get_rng_state(), a) and (np.random.get_state()[1]==b).all()
+    assert loads==['snapshot-10','snapshot-20'] and generators()==before
 
 def test_missing_snapshots_are_named_before_training(snapshots, tmp_path):
-    with pytest.raises(FileNotFoundError, match='gone-1.*gone-2'): Waypoint([*snapshots, (40,tmp_path/'gone-1'), (50,tmp_path/'gone-2')])
+    missing = [(40,tmp_path/'gone-1'), (50,tmp_path/'gone-2')]
+    with pytest.raises(FileNotFoundError, match='gone-1.*gone-2'): Waypoint([*snapshots, *missing])
     with pytest.raises(ValueError, match='two snapshots'): Waypoint([snapshots[0], snapshots[0]])
 
 
-# hybrid -----------------------------------------------------------------------------------------------------------------------------------
+# hybrid ------------------------------
 
 @pytest.mark.parametrize('until,stop', [(0.4,4), (3,3), (0,0), (0.,0), (1.,10), (99,99), (0.29,3)])
 def test_after_the_switch_no_teacher_runs(until, stop):
@@ -326,60 +387,71 @@ def test_after_the_switch_no_teacher_runs(until, stop):
 
 @pytest.mark.parametrize('kind', ['target','trajectory','waypoint'])
 def test_after_the_switch_the_memory_is_free(kind, snapshots):
-    make = dict(target=lambda: Target(roberta()), trajectory=lambda: Trajectory(roberta()), waypoint=lambda: Waypoint(snapshots))[kind]
-    g = Hybrid(make(), until=2)
+    modes = dict(target=lambda: Target(roberta()), trajectory=lambda: Trajectory(roberta()),
+                 waypoint=lambda: Waypoint(snapshots))
+    g = Hybrid(modes[kind](), until=2)
     g.setup(5)
     g.teacher_forward(text(), 0)
     refs = [weakref.ref(p) for p in g.inner.teacher.parameters()]
-    for step in range(2): g.teacher_forward(text(), step); g.update(step+1)
+    run(g, [text(), text()])
     gc.collect()
     assert not any(r() is not None for r in refs)
 
 def test_a_hybrid_keeps_its_output_loss_when_asked():
-    g = Hybrid(Target(roberta(), loss_preset(alpha_output=1.)), until=1, after=loss_preset(alpha=0., alpha_output=1.))
+    output_only = loss_preset(alpha=0., alpha_output=1.)
+    g = Hybrid(Target(roberta(), loss_preset(alpha_output=1.)), until=1, after=output_only)
     g.setup(3)
-    student,mask = run_teacher(roberta(1), text()),text()['attention_mask'].bool()
+    student = run_teacher(roberta(1), text())
+    mask = text()['attention_mask'].bool()
     assert set(g.loss(student, g.teacher_forward(text(), 0), mask))=={'layer','output'}
     g.update(1)
     assert set(g.loss(student, g.teacher_forward(text(), 1), mask))=={'output'}
 
 
-# state ------------------------------------------------------------------------------------------------------------------------------------
+# state ------------------------------
 
 def modes(snapshots):
     return dict(unguided=Unguided, target=lambda: Target(roberta(), train_mode=True),
-                trajectory=lambda: Trajectory(roberta(), lr=1e-2, every=2), waypoint=lambda: Waypoint(snapshots),
+                trajectory=lambda: Trajectory(roberta(), lr=1e-2, every=2),
+                waypoint=lambda: Waypoint(snapshots),
                 hybrid=lambda: Hybrid(Trajectory(roberta(), lr=1e-2), until=6))
+
+def outputs_of(g, steps):
+    "Outputs of the teacher of `g` for two micro-batches in each of `steps`"
+    outs = []
+    for step in steps:
+        for i in range(2): outs.append(g.teacher_forward(text(2*step+i), step))
+        g.update(step+1)
+    return outs
 
 @pytest.mark.parametrize('mode', ['unguided','target','trajectory','waypoint','hybrid'])
 @pytest.mark.parametrize('stop', [3,7])
-def test_each_mode_goes_on_from_its_state(mode, stop, snapshots, tmp_path):
-    make = modes(snapshots)[mode]
-    def run(g, steps):
-        outs = []
-        for step in steps:
-            for i in range(2): outs.append(g.teacher_forward(text(2*step+i), step))
-            g.update(step+1)
-        return outs
-    a,b = make(),make()
-    a.setup(10); b.setup(10)
-    run(a, range(stop))
+def test_each_mode_resumes_from_its_state(mode, stop, snapshots, tmp_path):
+    a = modes(snapshots)[mode]()
+    b = modes(snapshots)[mode]()
+    for g in (a,b): g.setup(10)
+    outputs_of(a, range(stop))
     save_state(tmp_path/'state', a.state_dict())
     assert {p.suffix for p in tmp_path.iterdir()}=={'.json','.safetensors'}
     b.load_state_dict(load_state(tmp_path/'state'))
-    for x,y in zip(run(a, range(stop,10)), run(b, range(stop,10)), strict=True):
+    rest = range(stop, 10)
+    for x,y in zip(outputs_of(a, rest), outputs_of(b, rest), strict=True):
         assert (x is None)==(y is None)
-        if x is not None: assert torch.equal(x.logits, y.logits) and all(torch.equal(p, q) for p,q in zip(x.hidden_states, y.hidden_states))
+        if x is None: continue
+        assert torch.equal(x.logits, y.logits)
+        assert all(torch.equal(p, q) for p,q in zip(x.hidden_states, y.hidden_states))
 
-def test_a_state_finds_its_own_kind_only(snapshots):
-    made = {k: f() for k,f in modes(snapshots).items()}
-    for g in made.values(): g.setup(10)
-    for a in made:
-        for b in made:
-            if a==b or (a,b)==('trajectory','hybrid'): continue # a hybrid may go on from a plain run of what it wraps
-            with pytest.raises(ValueError): made[b].load_state_dict(made[a].state_dict())
+def test_a_state_loads_into_its_class_only(snapshots):
+    guidances = {mode: make() for mode,make in modes(snapshots).items()}
+    for g in guidances.values(): g.setup(10)
+    for a in guidances:
+        for b in guidances:
+            if a==b: continue
+            if (a,b)==('trajectory','hybrid'): continue # a hybrid loads a plain run of its inner guidance
+            with pytest.raises(ValueError): guidances[b].load_state_dict(guidances[a].state_dict())
 
 def test_a_hybrid_refuses_another_switch():
-    a,b = Hybrid(Target(roberta()), until=3),Hybrid(Target(roberta()), until=4)
-    a.setup(10); b.setup(10)
-    with pytest.raises(ValueError, match='switch at step 3'): b.load_state_dict(a.state_dict())
+    a = Hybrid(Target(roberta()), until=3)
+    b = Hybrid(Target(roberta()), until=4)
+    for g in (a,b): g.setup(10)
+    with pytest.raises(ValueError, match='stop=3, not with stop=4'): b.load_state_dict(a.state_dict())
