@@ -1,4 +1,4 @@
-"The selective scan in C++ against the recurrence in float64; how it is built, and what happens where it cannot be."
+"The selective scan in C++ against the recurrence in float64; its build, and failures of the build."
 import functools, logging, math, os, re, shlex, signal, subprocess, sys, time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -57,7 +57,7 @@ def test_is_the_recurrence_at_every_width(d, n, dtype): close(inputs(2, 35, d, n
 
 @needs_cpp
 @pytest.mark.parametrize('chunk', (1,2,3,7,32,65,66,1000))
-def test_any_chunk_will_do(chunk): close(inputs(2, 65, 20, 5), functools.partial(cpp_scan, chunk=chunk))
+def test_any_chunk_size(chunk): close(inputs(2, 65, 20, 5), functools.partial(cpp_scan, chunk=chunk))
 
 @needs_cpp
 @pytest.mark.parametrize('without', ((5,),(6,),(5,6)))
@@ -74,7 +74,7 @@ def test_steps_at_their_extremes(dt):
     assert all(g.isfinite().all() for g in results(cpp_scan, a, torch.randn_like(y), torch.randn_like(S)))
 
 @needs_cpp
-def test_slow_fading_after_fast_fading():
+def test_slow_decay_after_fast_decay():
     a = inputs(2, 128, 20, 16, dtype=torch.float32)
     a[1][:,:40] *= 1e4
     a[1][:,40:] *= 1e-3
@@ -183,7 +183,7 @@ def test_a_wrong_argument_is_named(spoil, kind, message):
     with pytest.raises(kind, match=message): cpp_scan(*spoil(inputs()))
 
 @needs_cpp
-def test_an_empty_batch_is_none_too_many():
+def test_an_empty_batch():
     a = [t.requires_grad_() for t in inputs(b=0)]
     y,S = cpp_scan(*a)
     assert y.shape==(0,10,6) and S.shape==(0,6,4)
@@ -227,18 +227,18 @@ def test_under_the_compiler_of_torch():
 
 # --- wrong kernels are noticed -----------------------------------------------------------------------------------------------------
 
-MISTAKES = {'the state is not handed on':  ('H[(n+r)*G+b] = h[r];', ';'),
+MISTAKES = {'the state is not passed on':   ('H[(n+r)*G+b] = h[r];', ';'),
             'a chunk starts one state late':('if (keep) std::memcpy(keep+g.kept(chunk)', 'if (keep && chunk) std::memcpy(keep+g.kept(chunk-1)'),
             'A without its step':          ('da[r] += s*w', 'da[r] += w'),
             'C reads the state before':    ('PC[t*R+r] += gy*H[(t+1)*R+r]', 'PC[t*R+r] += gy*H[t*R+r]'),
-            'the gradient does not fade':  ('g[r] *= E[t*R+r]', 'g[r] *= 1'),
+            'the gradient does not decay': ('g[r] *= E[t*R+r]', 'g[r] *= 1'),
             'a lane is left out':          ('h[0] += h[1];', 'h[0] += W==2 ? Half{} : h[1];'),
             'the polynomial is short':     ('bias = 1023, degree = 13', 'bias = 1023, degree = 7')}
 
 @needs_cpp
-@pytest.mark.parametrize('what', MISTAKES)
-def test_a_wrong_kernel_is_noticed(monkeypatch, tmp_path, what):
-    right,wrong = MISTAKES[what]
+@pytest.mark.parametrize('mistake', MISTAKES)
+def test_a_wrong_kernel_is_noticed(monkeypatch, tmp_path, mistake):
+    right,wrong = MISTAKES[mistake]
     assert right in scan.SOURCE
     monkeypatch.setattr(scan, 'SOURCE', scan.SOURCE.replace(right, wrong))
     scan.build(tmp_path/'wrong.so')
@@ -248,7 +248,7 @@ def test_a_wrong_kernel_is_noticed(monkeypatch, tmp_path, what):
 
 # --- building ------------------------------------------------------------------------------------------------------------------------
 
-new_library = library.__wrapped__      # as a process does that has not asked before
+new_library = library.__wrapped__      # as in a new process
 
 def wrapper(folder, text):
     "A compiler that is a shell script; $CXX in it is the real one"
@@ -272,10 +272,10 @@ def test_where_it_is_kept(monkeypatch, tmp_path):
     assert scan.build_folder()==tmp_path/'c'/'scan'
     file = scan.built_file()
     assert scan.built_file()==file
-    for what,other in (('SOURCE','int x;'),('FLAGS',['-O1']),('processor',lambda: 'another')):
+    for name,other in (('SOURCE','int x;'),('FLAGS',['-O1']),('processor',lambda: 'another')):
         with monkeypatch.context() as m:
-            m.setattr(scan, what, other)
-            assert scan.built_file()!=file, what
+            m.setattr(scan, name, other)
+            assert scan.built_file()!=file, name
     with monkeypatch.context() as m:
         m.setattr(torch, '__version__', '2.9.9')
         assert scan.built_file()!=file
@@ -319,25 +319,25 @@ def reasons(cache, monkeypatch):
     yield dict(CALD_CACHE=str(own/'file')), 'NotADirectoryError|FileExistsError'
 
 @needs_cpp
-def test_what_goes_wrong_is_the_reason(cache, monkeypatch):
+def test_library_returns_the_reason_of_a_failure(cache, monkeypatch):
     for env,reason in reasons(cache, monkeypatch):
         with monkeypatch.context() as m:
             for k,v in env.items(): m.setenv(k, v)
             lib,why = new_library()
         assert lib is None
         assert re.search(reason, why), why
-        for f in cache.glob('*'): f.unlink()   # fails on what a build left
+        for f in cache.glob('*'): f.unlink()   # raises if a build left a folder
     assert new_library()[0] is not None
 
 @needs_cpp
-def test_a_compiler_that_hangs_is_given_up(cache, monkeypatch, tmp_path):
+def test_a_compiler_that_hangs_times_out(cache, monkeypatch, tmp_path):
     monkeypatch.setenv('CXX', wrapper(tmp_path, 'exec sleep 60'))
     start = time.time()
     monkeypatch.setattr(scan, 'build', functools.partial(scan.build, limit=.5))
     lib,why = new_library()
     assert lib is None and 'TimeoutExpired' in why and time.time()-start<20
 
-def test_without_it_torch_runs_and_says_why_once(monkeypatch, caplog):
+def test_without_it_torch_runs_and_the_reason_is_logged_once(monkeypatch, caplog):
     caplog.set_level(logging.INFO, 'cald.ops_cpp')
     monkeypatch.setattr(scan, 'library', lambda: (None,'the reason'))
     a = inputs(l=40)
@@ -348,7 +348,7 @@ def test_without_it_torch_runs_and_says_why_once(monkeypatch, caplog):
     with pytest.raises(RuntimeError, match='CALD_SCAN=cpp, but .*the reason'): selective_scan(*a)
 
 @needs_cpp
-def test_the_backend_is_said_once(monkeypatch, caplog):
+def test_the_backend_is_logged_once(monkeypatch, caplog):
     caplog.set_level(logging.INFO, 'cald.ops_cpp')
     assert scan_backend()==scan_backend()=='cpp'
     monkeypatch.setenv('CALD_SCAN', 'torch')
@@ -368,7 +368,7 @@ spec = importlib.util.spec_from_file_location('scan', {scan.__file__!r})
 scan = importlib.util.module_from_spec(spec); spec.loader.exec_module(scan)
 print(scan.scan_backend())''' # without the rest of the package
 
-def test_importing_builds_nothing_and_a_missing_compiler_is_no_disaster(cache):
+def test_importing_builds_nothing_and_torch_runs_without_a_compiler(cache):
     p = start('''
 import os, torch, cald
 from cald.mixers import Mamba
@@ -384,7 +384,7 @@ print('trained', y.isfinite().all().item(), build_folder().exists())''', CXX='/n
 
 @needs_cpp
 @pytest.mark.skipif(os.name!='posix', reason='kills a group of processes')
-def test_a_killed_build_stops_nobody(cache, tmp_path):
+def test_a_killed_build_blocks_nobody(cache, tmp_path):
     p = start(ALONE, CXX=wrapper(tmp_path, 'touch "$CALD_CACHE/begun"\nexec sleep 600'))
     end = time.time()+120
     while not (cache.parent/'begun').exists() and time.time()<end: time.sleep(.05)
