@@ -108,7 +108,7 @@ def test_notebooks_write_figures_with_provenance(store):
     pytest.importorskip('espeakng_loader', reason='generated speech needs the extra `demo`')
     figures = sorted((root/'paper_figures').rglob('*'))
     kw = dict(scale='smoke', speech_tasks=['asr'], modes=['target','hybrid'], seeds=[0], out=str(store/'out'))
-    for nb in ('06_analysis','06a_trajectories'):
+    for nb in ('08_cka','08a_trajectories'):
         pm.execute_notebook(root/'nbs'/f'{nb}.ipynb', store/f'{nb}.ipynb', progress_bar=False, kernel_name='python3', parameters=kw)
     names = ('cka','cka_stages','cka_result','fig3','fig4','fig4_progress')
     assert {p.name for p in (store/'out').iterdir()}=={f'{n}.{e}' for n in names for e in ('csv','png','pdf','json')}|{f'{n}.{e}' for n in ('shift','fig4_ends','cka_layers') for e in ('csv','md','json')}
