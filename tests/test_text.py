@@ -40,7 +40,7 @@ def test_the_corpus_of_the_pinned_versions_has_the_hash_in_the_code(docs):
 def test_other_versions_give_one_warning_that_names_them(docs, monkeypatch):
     monkeypatch.setattr(text, 'CORPUS', '0'*64)
     monkeypatch.setitem(DOC_PACKAGES, 'scipy', '0.1')
-    with pytest.warns(UserWarning, match=r'What differs: .*scipy [\d.]+ \(pinned: 0.1\)') as said: read_docs(cache_folder())
+    with pytest.warns(UserWarning, match=r'Differences: .*scipy [\d.]+ \(pinned: 0.1\)') as said: read_docs(cache_folder())
     assert len(said)==1
 
 def test_packages_are_pinned_and_in_every_installation():
@@ -176,7 +176,7 @@ def test_imdb_is_read_as_it_lies(cache):
 def test_too_few_training_rows_for_the_classes_are_told(tmp_path, cache):
     (tmp_path/'own.tsv').write_text('sentence\tlabel\n'+''.join(f'sentence {i}\t{i%3}\n' for i in range(90)))
     assert set(read_text_task(tmp_path/'own.tsv', 'sst2', cache).label)=={'0','1','2'}
-    with pytest.raises(ValueError, match='max_train=2 leaves no training example of [012]: give more'): read_text_task(tmp_path/'own.tsv', 'sst2', cache, max_train=2)
+    with pytest.raises(ValueError, match='max_train=2 leaves no training example of [012]: increase max_train'): read_text_task(tmp_path/'own.tsv', 'sst2', cache, max_train=2)
 
 def test_documents_may_name_their_split(tmp_path, cache):
     def write(name, splits): (tmp_path/name).write_text(''.join(json.dumps(dict(text=f'document {i}, of {s}', split=s))+'\n' for i,s in enumerate(splits)))
