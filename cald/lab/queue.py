@@ -83,28 +83,27 @@ def train_missing(cells, fn, store, data, # hash of the data of a run, or a dict
         if workers>1: todo = longest_first(todo, runs, [r for r in store.runs() if r.done])
         return deque(broadcast(list(todo)))
     def take(r): return is_ready(r, after, run_of, needed, [runs[i].key for i in todo]) and r.acquire()
-    main = is_main()
     runs = [run_of(c) for c in cells]
     warn_stale(runs, retrain)
     todo = in_order([i for i,r in enumerate(runs) if needed(r)])
     skipped = 0
-    bar = tqdm(total=len(todo), disable=None if main else True)
+    bar = tqdm(total=len(todo), disable=None if is_main() else True)
     while todo:
         r = runs[todo[0]]
-        if not broadcast(main and take(r)):
+        if not broadcast(is_main() and take(r)):
             todo.rotate(-1)
             skipped = (skipped+1)%len(todo)
             if not skipped: time.sleep(poll) # other processes have all that remain
             continue
         try:
             if broadcast(needed(r)): # another process may have trained it meanwhile
-                missing = [o for i in todo if needed(o := runs[i])]
-                if main: begin_run(r, store, bar, missing, stale(r), workers)
+                missing = [runs[i] for i in todo if needed(runs[i])]
+                if is_main(): begin_run(r, store, bar, missing, stale(r), workers)
                 result = fn(r.cell, r)
                 if result is not None: r.finish(result)
                 if not broadcast(r.done): raise RuntimeError(f'{r.cell} has no result: `fn` must return one')
         finally:
-            if main: r.release()
+            if is_main(): r.release()
         skipped = 0
         bar.update()
         todo = in_order(list(todo)[1:])
