@@ -31,7 +31,7 @@ def source():
 def student(to, layers=None):
     "A hybrid whose new mixers are as loud as the attention that they replace, so that mistakes change tokens"
     s = convert(source(), to=to, layers=layers, seed=0, **args[to]).requires_grad_(False)
-    for m in s.mixed.values(): m.mixer.out_proj.weight.mul_(10 if to=='mamba' else 2)
+    for m in s.replacements.values(): m.mixer.out_proj.weight.mul_(10 if to=='mamba' else 2)
     return s
 
 def model(to, layers): return student(to, None if layers is None else tuple(layers))
@@ -333,20 +333,22 @@ def test_what_a_state_cannot_do_is_an_error(to, layers):
     one = {k: t[:1] for k,t in x.items()}
     with pytest.raises(ValueError, match='stateful'): write(m, one, prompt_lookup_num_tokens=2)
     with pytest.raises(ValueError, match='stateful'): write(m, one, assistant_model=source())
-    with pytest.raises(ValueError, match='cannot take tokens back'): write(source(), one, assistant_model=m, max_new_tokens=20)
-    with pytest.raises(ValueError, match='a DynamicCache of its model; it was given a Static'): write(m, x, cache_implementation='static')
+    with pytest.raises(ValueError, match='cannot remove tokens'): write(source(), one, assistant_model=m, max_new_tokens=20)
+    with pytest.raises(ValueError, match='a DynamicCache of its model, got a Static'): write(m, x, cache_implementation='static')
     with pytest.raises(ValueError, match='continuous batching'): m(**x, cache=object())
     cache = m(**x, use_cache=True).past_key_values
     cache.crop(0)
     close(m(x['input_ids'][:,:1], past_key_values=copy.deepcopy(cache)).logits[:,0], m(torch.cat([x['input_ids'], x['input_ids'][:,:1]], 1)).logits[:,-1])
-    with pytest.raises(ValueError, match='cannot take tokens back'): cache.crop(-2)
+    with pytest.raises(ValueError, match='cannot remove tokens'): cache.crop(-2)
     if cache.layers[0].get_seq_length()<N:                               # its softmax layers were cropped before the error came
         with pytest.raises(ValueError, match='different lengths'): m(x['input_ids'][:,:1], past_key_values=cache)
 
 def test_caches_of_other_models_are_refused():
     m,x = model('mamba', [0]),prompts('none')
-    with pytest.raises(ValueError, match='layer 0 is converted .* given a DynamicLayer'): m(**x, past_key_values=source()(**x, use_cache=True).past_key_values)
-    with pytest.raises(TypeError, match='another model has filled it'): source()(x['input_ids'], past_key_values=m(**x, use_cache=True).past_key_values)
+    softmax_cache = source()(**x, use_cache=True).past_key_values
+    mixer_cache = m(**x, use_cache=True).past_key_values
+    with pytest.raises(ValueError, match='converted layer 0 needs .* got a DynamicLayer'): m(**x, past_key_values=softmax_cache)
+    with pytest.raises(TypeError, match='from another model'): source()(x['input_ids'], past_key_values=mixer_cache)
     two = torch.block_diag(torch.ones(2,2), torch.ones(3,3)).tril().bool()[None,None]
     cache = m(x['input_ids'][:1,:4], use_cache=True).past_key_values
     mask = torch.cat([torch.ones(1,1,5,4, dtype=torch.bool), two], 3)
@@ -355,7 +357,7 @@ def test_caches_of_other_models_are_refused():
 def test_models_that_read_both_ways_have_none():
     torch.manual_seed(0)
     s = convert(RobertaForMaskedLM(RobertaConfig(**size)), to='mamba', **args['mamba'])
-    assert all(isinstance(m.mixer, Bidirectional) and m.layer is None for m in s.mixed.values()) and not s._is_stateful
+    assert all(isinstance(m.mixer, Bidirectional) and m.layer is None for m in s.replacements.values()) and not s._is_stateful
     with pytest.raises(ValueError, match='no key-value cache'): s.roberta.encoder.layer[0].attention.self(torch.randn(1, 4, 32), past_key_values=DynamicCache())
 
 def test_pads_that_enter_a_state_are_noticed(monkeypatch):

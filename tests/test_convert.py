@@ -85,7 +85,7 @@ def test_layers_that_are_not_named_keep_their_attention():
     m,x = model('ctc'),inputs('ctc')
     s = student('ctc', m=m, layers=[2])
     a,b = run(m, x).hidden_states,run(s, x).hidden_states
-    assert list(s.mixed)==['wav2vec2.encoder.layers.2.attention'] and [torch.equal(*t) for t in zip(a, b)]==[True,True,True,False]
+    assert list(s.replacements)==['wav2vec2.encoder.layers.2.attention'] and [torch.equal(*t) for t in zip(a, b)]==[True,True,True,False]
     assert s.config.cald['layers']==[2]
 
 def test_a_seed_fixes_the_student_and_nothing_else():

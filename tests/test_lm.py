@@ -153,7 +153,7 @@ def test_the_papers_sizes(source):
     r = LmRecipe(**settings(cell('large', scale='paper')))
     assert Lm().mixer_args('mamba', r)==dict(d_state=16, d_inner=5120, dt_rank=160)
     m = convert(load_lm(source), to='mamba', **Lm().mixer_args('mamba', replace(r, d_inner=80, dt_rank=5)))
-    mixer = next(iter(m.mixed.values())).mixer
+    mixer = next(iter(m.replacements.values())).mixer
     assert mixer.in_proj.weight.shape==(160,32) and mixer.dt_proj.weight.shape==(80,5)
 
 def test_judging_does_not_depend_on_the_batch_and_leaves_the_model_as_it_was(source, cache):
