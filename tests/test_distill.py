@@ -182,7 +182,7 @@ def test_a_damaged_checkpoint_is_passed_over(name, damage, run_with_checkpoints,
     f.unlink() if damage=='gone' else f.write_bytes(f.read_bytes()[:-2])
     assert last_checkpoint(run).name=='checkpoint-4'
     assert 'checkpoint-8 is incomplete' in caplog.text and (name in caplog.text or damage=='gone')
-    with pytest.raises(ValueError, match='cannot go on'): distiller(run, Trajectory(speech(4), lr=1e-3)).train(run/'checkpoint-8')
+    with pytest.raises(ValueError, match='cannot resume'): distiller(run, Trajectory(speech(4), lr=1e-3)).train(run/'checkpoint-8')
 
 def test_nothing_is_unpickled(run_with_checkpoints, tmp_path):
     "A pickle that runs code, with the right size in the manifest"
@@ -207,7 +207,7 @@ def test_the_last_complete_checkpoint_outlives_a_failed_one(tmp_path, monkeypatc
     def fail(folder):
         if folder.name=='checkpoint-6': raise OSError('disk full')
         write_checkpoint_manifest(folder)
-    monkeypatch.setattr('cald.distill.write_checkpoint_manifest', fail)
+    monkeypatch.setattr('cald.trainer.write_checkpoint_manifest', fail)
     with pytest.raises(OSError, match='disk full'): d.train()
     assert last_checkpoint(tmp_path).name=='checkpoint-4' and [p.name for p in list_checkpoints(tmp_path)]==['checkpoint-4','checkpoint-6']
     monkeypatch.undo()

@@ -1,4 +1,4 @@
-"Language models: what the notebook 04b cannot hold"
+"Language models: what the notebook 07_lm cannot hold"
 import importlib.util, json
 from dataclasses import replace
 
@@ -66,7 +66,7 @@ def test_rows_of_token_files(tmp_path, sizes):
     assert (got==np.concatenate(want)).all()
     held = hold_out(tokens, 16, 2, 3)
     assert len(held['test'])>=3 and len(held['dev'])>=2
-    edges = [(h.a,h.a+len(h.ends)) for h in held.values()]             # no sequence is in two parts, none is lost
+    edges = [(h.start,h.start+len(h.ends)) for h in held.values()] # no sequence is in two parts, none is lost
     assert edges[0][0]==0 and edges[0][1]==edges[1][0] and edges[1][1]==edges[2][0] and edges[2][1]==len(sizes)
 
 def run_one(exp, data, source, store, mode, **kw):
