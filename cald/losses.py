@@ -8,7 +8,6 @@ __all__ = ['hidden_mse', 'output_kl', 'HiddenLoss', 'loss_preset']
 # %% ../nbs/01e_losses.ipynb #e448d636
 from dataclasses import dataclass,fields
 
-import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor

@@ -16,9 +16,8 @@ from transformers import Wav2Vec2Config,Wav2Vec2Model
 
 # %% ../../nbs/08b_drawings.ipynb #7076d4a8
 from ..convert import convert
-from ..lab.plots import colour_of,marker_of
+from ..lab.plots import PAGE_WIDTH,colour_of,marker_of
 from ..lab.recipe import start_from
-from .cka import PAGE_WIDTH
 
 # %% ../../nbs/08b_drawings.ipynb #0a73cb27
 SOURCE = np.array([0.,0])

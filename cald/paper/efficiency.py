@@ -30,7 +30,7 @@ from ..lab.grid import cell,scale_settings,settings
 from ..lab.results import summarise
 from ..lab.store import peak_memory_mb
 from ..models import MixerCacheLayer
-from .cka import PAGE_WIDTH
+from ..lab.plots import PAGE_WIDTH
 
 # %% ../../nbs/08d_efficiency.ipynb #7e000009
 @dataclass(frozen=True)

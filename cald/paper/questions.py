@@ -14,9 +14,8 @@ import pandas as pd
 from scipy import stats
 
 # %% ../../nbs/08c_questions.ipynb #6c000005
-from ..lab.plots import colour_of,marker_of
+from ..lab.plots import PAGE_WIDTH,colour_of,marker_of
 from ..lab.results import summarise
-from .cka import PAGE_WIDTH
 from .trajectories import KIND_COLOURS,KIND_MARKERS
 
 # %% ../../nbs/08c_questions.ipynb #6c00000a

@@ -22,7 +22,7 @@ from ..data.tokens import save_tokenizer,SPECIAL,train_bpe
 from ..files import hash_files,write_json
 from .speech import pretrain,read_log,write_log
 from ..lab.store import device_name,environment,git_state
-from ..data.docs import SMALL,documents,read_docs
+from ..data.docs import documents,read_docs
 
 # %% ../../nbs/10b_text_sources.ipynb #0d550ec4
 @dataclass(frozen=True)
