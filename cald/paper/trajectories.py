@@ -19,6 +19,7 @@ from tqdm import tqdm
 # %% ../../nbs/08a_trajectories.ipynb #9a8d450b
 from .cka import panels,Study
 from ..distill import find_snapshots
+from ..lab.experiment import evenly_spaced
 from ..lab.plots import colour_of,marker_of
 from ..hidden_states import collect_states,read_record,state_paths
 
@@ -44,7 +45,7 @@ def rebuild_path(study:Study, r, each:int=4)->dict:
     exp = study.exp
     recipe = exp.recipe(**run.settings)
     loaders = available_models(study, run, recipe)
-    batch = exp.probe(exp.part(study.data[r.task], exp.tasks[r.task], 'dev'))
+    batch = exp.collate(evenly_spaced(exp.part(study.data[r.task], exp.tasks[r.task], 'dev'), exp.record))
     records = []
     for step in sorted(loaders):
         model = loaders[step]()
