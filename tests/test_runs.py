@@ -9,7 +9,7 @@ from cald.lab.queue import train_missing
 from cald.lab.results import (check_parameters,compare_with_committed,mean_ci,paper_numbers,provenance,
                               summarise,write_figure,write_table)
 from cald.lab.store import fingerprint,git_state,normalised_ast,out_folder,result_row,Store
-from cald.paper.pages import write_readme
+from cald.paper.pages import write_markdown
 from cald.lab import queue
 from cald.lab.grid import SETTINGS
 
@@ -457,7 +457,7 @@ def test_readme_writer(tmp_path):
     cells = [v4.new_markdown_cell('# T\n\n[a](05_speech.ipynb) ![f](../paper_figures/f.png) [u](https://x.y/z) [s](#part)'),
              v4.new_code_cell('#| hide\nsecret'), v4.new_code_cell('1+1', outputs=out)]
     (tmp_path/'nbs/index.ipynb').write_text(json.dumps(v4.new_notebook(cells=cells)))
-    write_readme(tmp_path/'nbs/index.ipynb', tmp_path/'README.md')
+    write_markdown(tmp_path/'nbs/index.ipynb', tmp_path/'README.md')
     text = (tmp_path/'README.md').read_text()
     assert '[a](nbs/05_speech.ipynb) ![f](paper_figures/f.png) [u](https://x.y/z) [s](#part)' in text
     assert '```python\n1+1\n```' in text and '```\nhello\n```' in text and '| a |' in text and 'secret' not in text and '<Figure>' not in text
