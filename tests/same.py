@@ -1,10 +1,10 @@
-"""Do two checkouts give the same numbers? Runs notebooks at scale smoke in both and compares all weights, logs and tables.
+"""Do two checkouts give the same numbers? Runs notebooks at scale smoke in both; compares weights, logs and tables.
 
     python tests/same.py OLD NEW [NOTEBOOK ...]
 
 OLD and NEW are checkouts, such as one of `git worktree add`. Without names, the notebooks of all tables and questions
 are run. `cald accept` runs this script before it stamps results again."""
-import argparse, csv, hashlib, json, os, subprocess, sys, tempfile
+import argparse, csv, hashlib, json, os, re, subprocess, sys, tempfile
 from pathlib import Path
 
 NOTEBOOKS = ['05_speech', '06_nlp', '07_lm', '08c_questions']
@@ -20,9 +20,13 @@ def run_notebook(tree, name, work):
     "Run notebook `name` of checkout `tree` at scale smoke, with all its files below `work`"
     path = next(p for n in (name, BEFORE.get(name, name)) if (p := tree/'nbs'/f'{n}.ipynb').exists())
     print(f'{tree}: {path.name}', flush=True)
-    env = {**os.environ, 'PYTHONPATH':str(tree), 'CALD_CACHE':str(work/'cache'), 'HF_HUB_OFFLINE':'1', 'OMP_NUM_THREADS':'1'}
-    parameters = dict(scale='smoke', runs=work/'runs', out=work/'out'/name, workers=1)
-    given = [word for k,v in parameters.items() for word in ('-p', k, str(v))]
+    env = {**os.environ, 'PYTHONPATH':str(tree), 'CALD_CACHE':str(work/'cache'), 'HF_HUB_OFFLINE':'1',
+           'OMP_NUM_THREADS':'1'}
+    cells = json.loads(path.read_text(encoding='utf-8'))['cells']
+    declared = '\n'.join(''.join(c['source']) for c in cells if 'parameters' in c['metadata'].get('tags', []))
+    wanted = dict(scale='smoke', runs=work/'runs', out=work/'out'/name, workers=1)
+    known = set(re.findall(r'^(\w+) *:', declared, re.M))
+    given = [word for k,v in wanted.items() if k in known for word in ('-p', k, str(v))]
     papermill = [sys.executable, '-m', 'papermill', '--no-progress-bar', '--log-level', 'ERROR', '--cwd', 'nbs']
     subprocess.run([*papermill, str(path), str(work/f'{name}.ipynb'), *given], cwd=tree, env=env, check=True,
                    stderr=subprocess.DEVNULL)
@@ -33,8 +37,10 @@ def read_run(folder, work):
     log = folder/'metrics.jsonl'
     lines = log.read_text().splitlines() if log.exists() else []
     result = without_times(json.loads((folder/'result.json').read_text())['result'])
-    weights = [hashlib.sha256(w.read_bytes()).hexdigest() for w in sorted((folder/'model').glob('*.safetensors'))]
-    return json.dumps([config['cell'], config['settings']], sort_keys=True), (result, [without_times(json.loads(l)) for l in lines], weights)
+    files = sorted((folder/'model').glob('*.safetensors'))
+    weights = [hashlib.sha256(f.read_bytes()).hexdigest() for f in files]
+    logged = [without_times(json.loads(l)) for l in lines]
+    return json.dumps([config['cell'], config['settings']], sort_keys=True), (result, logged, weights)
 
 def read_table(path):
     "The rows of a CSV without measured times; of the summary of times only what they are measured of"
