@@ -17,7 +17,7 @@ def is_slow(cell): return re.match(r'#\|\s*slow\b', source(cell))
 
 def printed(cell):
     "The text that a cell has printed or returned; pictures and tables in HTML have a text form, too"
-    if cell['cell_type']!='code' or is_slow(cell): return ''
+    if cell['cell_type']!='code': return ''
     texts = [o.get('text') or o.get('data', {}).get('text/plain', '') for o in cell['outputs']]
     return '\n'.join(''.join(t).rstrip() for t in texts)
 
@@ -31,8 +31,8 @@ def same(a:str, b:str)->bool:
 
 def stale(stored, new):
     "The cells whose stored output differs from the new one: (number, stored, new)"
-    pairs = enumerate(zip(stored, new))
-    return [(i, printed(a), printed(b)) for i,(a,b) in pairs if not same(printed(a), printed(b))]
+    pairs = [(i, printed(a), printed(b)) for i,(a,b) in enumerate(zip(stored, new)) if not is_slow(a)]
+    return [(i, a, b) for i,a,b in pairs if not same(a, b)]
 
 notebooks = sorted((root/'nbs').glob('*.ipynb'))
 
