@@ -446,8 +446,9 @@ class SelectiveScan(torch.autograd.Function):
         if torch.is_grad_enabled():
             raise RuntimeError('the C++ scan can be differentiated once; '
                                'CALD_SCAN=torch allows create_graph=True')
-        du,ddt,dA,dB,dC,dD,dstate = scan_backward(*ctx.saved_tensors, ctx.chunk, gy, gstate)
-        D,state = ctx.saved_tensors[5:7]
+        saved = ctx.saved_tensors # once: under gradient checkpointing a second access raises
+        du,ddt,dA,dB,dC,dD,dstate = scan_backward(*saved, ctx.chunk, gy, gstate)
+        D,state = saved[5:7]
         dD = None if D is None else dD.sum(0)
         return du,ddt,dA.sum(0),dB.sum(0),dC.sum(0),dD,None if state is None else dstate,None,None
 
