@@ -968,6 +968,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'cald.resume.save_state': ('resume.html#save_state', 'cald/resume.py'),
                              'cald.resume.seeded_rng': ('resume.html#seeded_rng', 'cald/resume.py'),
                              'cald.resume.write_checkpoint_manifest': ('resume.html#write_checkpoint_manifest', 'cald/resume.py')},
+            'cald.scan_source': {},
             'cald.tasks.speech': { 'cald.tasks.speech.Characters': ('speech_tasks.html#characters', 'cald/tasks/speech.py'),
                                    'cald.tasks.speech.Characters.__init__': ( 'speech_tasks.html#characters.__init__',
                                                                               'cald/tasks/speech.py'),

@@ -11,6 +11,9 @@ def module_name(file, folder=library):
     "'lab.grid' for cald/lab/grid.py"
     return '.'.join(file.relative_to(folder).with_suffix('').parts).removesuffix('.__init__')
 
+# Python that begins a script: modules of cald can be imported, without the imports of cald itself (torch, transformers)
+BARE = f"import sys,types; cald = sys.modules['cald'] = types.ModuleType('cald'); cald.__path__ = [{str(library)!r}]\n"
+
 def data_folder(name):
     "`name` in the folder of recorded data, or skip"
     if not os.environ.get('CALD_DATA_DIR'): pytest.skip('CALD_DATA_DIR is not set: no recorded data')

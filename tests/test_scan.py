@@ -10,6 +10,7 @@ from cald import ops,ops_cpp as scan
 from cald.mixers import Bidirectional,Mamba
 from cald.ops import selective_scan,selective_scan_recurrence
 from cald.ops_cpp import cpp_scan,library,scan_backend
+from common import BARE
 
 f64 = torch.float64
 needs_cpp = pytest.mark.skipif(library()[0] is None, reason=f'no C++ here: {library()[1]}')
@@ -362,11 +363,7 @@ def start(code, **env):
     return subprocess.Popen([sys.executable,'-c',code], env={**os.environ, 'OMP_NUM_THREADS':'1', 'PYTHONPATH':str(Path(scan.__file__).parents[1]), **env},
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
-ALONE = f'''
-import importlib.util
-spec = importlib.util.spec_from_file_location('scan', {scan.__file__!r})
-scan = importlib.util.module_from_spec(spec); spec.loader.exec_module(scan)
-print(scan.scan_backend())''' # without the rest of the package
+ALONE = BARE+'from cald.ops_cpp import scan_backend; print(scan_backend())' # without the rest of the package
 
 def test_importing_builds_nothing_and_torch_runs_without_a_compiler(cache):
     p = start('''

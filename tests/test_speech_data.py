@@ -14,13 +14,11 @@ from cald.data.speech import (check_manifest,cnn_frames,corpus_parameters,genera
                               MANIFEST_COLUMNS,manifest_hash,needed_frames,read_manifest,VOCAB,write_manifest)
 from cald.data.voices import (draw_room,Espeak,record,run_jobs,SAMPLE_RATE,speak_and_record,Voice,VOICES,
                               write_shard)
-from common import data_folder
+from common import BARE,data_folder
 
 TREE = Path(__file__).parent.parent
 FEW = dict(train=54, dev=9, test=14, dev_seen=6, test_seen=6)
 ENV = {**os.environ, 'PYTHONPATH': os.pathsep.join([str(TREE), os.environ.get('PYTHONPATH', '')])}
-
-BARE = f"import sys,types; m = sys.modules['cald'] = types.ModuleType('cald'); m.__path__ = [{str(TREE/'cald')!r}]\n" # without torch: quick to start
 
 def python(code):
     "A process that runs `code` as a script without a main guard"

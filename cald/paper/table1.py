@@ -101,7 +101,7 @@ class Nlp(Experiment):
         'waypoint': {},
         'hybrid': {},
         'random weights': dict(mode='unguided', init='source', random_student=True)}
-    modules = [f'cald.{m}' for m in ('ops ops_cpp mixers models convert ablation pretrained '
+    modules = [f'cald.{m}' for m in ('ops scan_source ops_cpp mixers models convert ablation pretrained '
                'resume hidden_states losses guidance trainer distill lab.recipe lab.experiment tasks.text '
                'paper.table1').split()]
     metrics = dict(accuracy='accuracy', f1='F1')
