@@ -129,7 +129,7 @@ def _log_backend(name, level, reason):
 
 @torch.compiler.disable # torch's compiler cannot trace ctypes
 def scan_backend()->str:
-    "Backend of Mamba's scan on a CPU: `CALD_SCAN` ('cpp' or 'torch'), else C++ if it can be built; logged once"
+    "Backend of Mamba's scan on a CPU: `CALD_SCAN` ('cpp', 'torch'), else C++ if it can be built; logged once"
     asked = os.environ.get('CALD_SCAN') or None
     if asked not in (None,'cpp','torch'):
         raise ValueError(f"CALD_SCAN={asked!r}: choose 'cpp' or 'torch', or leave it unset")

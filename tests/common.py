@@ -1,5 +1,5 @@
 "What tests of several modules share"
-import os
+import json, os
 from pathlib import Path
 import pytest, torch
 from cald.lab import experiment
@@ -13,6 +13,13 @@ def module_name(file, folder=library):
 
 # Python that begins a script: modules of cald can be imported, without the imports of cald itself (torch, transformers)
 BARE = f"import sys,types; cald = sys.modules['cald'] = types.ModuleType('cald'); cald.__path__ = [{str(library)!r}]\n"
+
+def source(cell): return ''.join(cell['source'])
+
+def cells(notebook, kind=None):
+    "The cells of file `notebook`, all or those of a kind ('code', 'markdown')"
+    found = json.loads(notebook.read_text(encoding='utf-8'))['cells']
+    return [c for c in found if kind in (None,c['cell_type'])]
 
 def data_folder(name):
     "`name` in the folder of recorded data, or skip"

@@ -561,5 +561,14 @@ def test_a_gradient_that_is_not_finite_is_found_though_the_loss_is(tmp_path):
 def test_arguments_that_cannot_be(kw, word, tmp_path):
     with pytest.raises(ValueError, match=word): distiller(tmp_path, **kw)
 
+@pytest.mark.parametrize('kw,error,message', [
+    (dict(guidance=speech(3)), TypeError, r'such as Target\(teacher\), not a'),
+    (dict(progress='lines'), ValueError, "unknown progress 'lines': did you mean 'line'"),
+    (dict(compute_loss_func=nan_at(5)), ValueError, 'compute_loss_func is not called'),
+    (dict(args=dict(label_smoothing_factor=.1)), ValueError, 'pass a `task_loss` that smooths')])
+def test_arguments_of_trainer_and_of_another_kind_that_cannot_be(kw, error, message, tmp_path):
+    args = settings(tmp_path, **kw.pop('args', {}))
+    with pytest.raises(error, match=message): Distiller(speech(), args, utterances(), data_collator=collate, **kw)
+
 def test_the_arguments_are_kept_as_json(run_with_checkpoints):
     assert json.loads((run_with_checkpoints/'checkpoint-4'/'training_args.json').read_text())['learning_rate']==1e-2

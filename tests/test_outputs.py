@@ -3,15 +3,13 @@ import json, math, os, re
 from pathlib import Path
 import nbformat, pytest
 from nbclient import NotebookClient
+from common import cells,source
 
 root = Path(__file__).parents[1]
 
-def source(cell): return ''.join(cell['source'])
-
 def needs_training(path):
     "Notebooks with parameters show results of hours of training, or of the pretraining of a source"
-    cells = json.loads(path.read_text(encoding='utf-8'))['cells']
-    return any('parameters' in c['metadata'].get('tags', []) for c in cells)
+    return any('parameters' in c['metadata'].get('tags', []) for c in cells(path))
 
 def is_slow(cell): return re.match(r'#\|\s*slow\b', source(cell))
 

@@ -1,9 +1,9 @@
 "The rooms of the library: who may import whom, and that notebooks are numbered in the order of imports."
-import ast, json, re
-from importlib.util import resolve_name
+import ast, re
 from pathlib import Path
 import pytest
-from common import library, module_name
+from cald.paper.status import imported_names
+from common import cells,library,module_name,source
 
 root = Path(__file__).parents[1]
 ALLOWED = dict(method={'method'}, lab={'method','lab'}, data={'data'}, tasks={'method','lab','data','tasks'},
@@ -14,12 +14,8 @@ def modules(folder=library): return sorted(module_name(f, folder) for f in folde
 def imports_of(module, folder=library):
     "The modules of cald that `module` ('lab.grid') imports when it is imported itself, not later in a function"
     file = folder/f"{module.replace('.', '/')}.py"
-    package = f'cald.{module}'.rpartition('.')[0]
-    found = set()
-    for node in ast.parse(file.read_text(encoding='utf-8')).body:
-        if not isinstance(node, ast.ImportFrom): continue
-        base = resolve_name('.'*node.level+(node.module or ''), package) if node.level else node.module
-        found |= {f'{base}.{a.name}' for a in node.names} | {base}
+    top = [node for node in ast.parse(file.read_text(encoding='utf-8')).body if isinstance(node, ast.ImportFrom)]
+    found = imported_names('\n'.join(map(ast.unparse, top)), f'cald.{module}'.rpartition('.')[0])
     names = {f.removeprefix('cald.') for f in found if f.startswith('cald.')}
     return {n for n in names if (folder/f"{n.replace('.', '/')}.py").exists()}
 
@@ -36,7 +32,7 @@ def notebooks(folder=root/'nbs'):
     "module -> the notebook that exports it"
     found = {}
     for f in folder.glob('[0-9]*.ipynb'):
-        code = '\n'.join(''.join(c['source']) for c in json.loads(f.read_text(encoding='utf-8'))['cells'])
+        code = '\n'.join(map(source, cells(f)))
         found[re.search(r'^#\|\s*default_exp\s+(\S+)', code, re.M)[1]] = f.stem
     return found
 

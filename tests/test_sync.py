@@ -4,14 +4,13 @@ from pathlib import Path
 import pytest
 from nbdev.clean import clean_nb
 from nbdev.config import get_config
+from common import cells,source
 
 root = Path(__file__).parents[1]
 nbs = sorted((root/'nbs').glob('*.ipynb'))
 ids = dict(ids=lambda p: p.name)
 
-def cells(f, kind='code'): return [c for c in json.loads(f.read_text(encoding='utf-8'))['cells'] if c['cell_type']==kind]
-def source(c): return ''.join(c['source'])
-def module_of(f): return re.findall(r'^#\|\s*default_exp\s+(\S+)', '\n'.join(map(source, cells(f))), re.M)
+def module_of(f): return re.findall(r'^#\|\s*default_exp\s+(\S+)', '\n'.join(map(source, cells(f, 'code'))), re.M)
 
 def export(nb_folder, to):
     "Export all notebooks into a copy of the project at `to`; the modules as {path: text}"
@@ -60,18 +59,31 @@ def test_notebook_is_small_and_free_of_machine_noise(f):
     txt = f.read_text(encoding='utf-8')
     assert len(txt) < 1_000_000, 'too big for GitHub to render comfortably'
     nb = json.loads(txt)
-    assert nb['metadata']['kernelspec']['name']=='python3'
     outs = [o for c in nb['cells'] for o in c.get('outputs',[])]
     assert not any(o['output_type']=='error' for o in outs)
     text = json.dumps([{**o, 'data':{k:v for k,v in o.get('data', {}).items() if not k.startswith('image/')}} for o in outs])
     assert not re.search(r'/home/|/Users/|site-packages|it/s[\],]|\d+%\|', text)
 
 @pytest.mark.parametrize('f', nbs, **ids)
+def test_notebook_names_its_kernel_and_cells(f):
+    "As nbdev_clean leaves them; JupyterLab adds the language and the Python version of the kernel, which nbdev_clean drops"
+    nb = json.loads(f.read_text(encoding='utf-8'))
+    assert nb['metadata']==dict(kernelspec=dict(display_name='python3', language='python', name='python3'))
+    assert (nb['nbformat'],nb['nbformat_minor'])==(4,5)
+    names = [c['id'] for c in nb['cells']]
+    assert len(set(names))==len(names) and all(re.fullmatch(r'[\w-]{1,64}', n) for n in names)
+
+# notebooks that are yet to keep two rules
+HIDDEN = {'03d_results', '03g_experiment', '07_lm'}
+LONG_LINES = {'04d_tokens', '07_lm', '09_status', '09a_compare', '09b_pages', '09c_reproduce', '10b_text_sources'}
+
+@pytest.mark.parametrize('f', nbs, **ids)
 def test_notebook_reads_well(f):
-    code = [source(c) for c in cells(f)]
-    assert not [s[:60] for s in code if s.count('\n')>=50], 'a cell of more than 50 lines'
+    code = [source(c) for c in cells(f, 'code')]
+    assert not [s[:60] for s in code if s.count('\n')>=40], 'a cell of more than 40 lines'
+    assert f.stem in LONG_LINES or not [l for s in code for l in s.split('\n') if len(l)>110], 'a line of more than 110 characters'
     hidden = [s for s in code if re.match(r'#\|\s*hide\b', s)]
-    assert len(hidden)<=max(1, len(code)//5), 'more than a fifth of the code cells are hidden'
+    assert f.stem in HIDDEN or len(hidden)<=1, 'more than one code cell is hidden: audits belong in tests/'
     assert not any(re.search(r'\bshow_doc\b', s) for s in code)
     if f.stem!='index': assert re.match(r'# .+\n\n> .+', source(cells(f, 'markdown')[0])), 'begin with a title and one line that says what it is'
 
@@ -132,8 +144,8 @@ def test_numbers_in_pages_stand_in_a_csv(page):
 def stated(f):
     "Decimals that the code of notebook `f` has: settings, which its prose may name; where it has no table of its own, those of its outputs too"
     from cald.paper.status import ARTEFACTS
-    text = [source(c) for c in cells(f)]
-    if f.stem not in {a.notebook for a in ARTEFACTS}: text += [json.dumps(o.get('text') or o.get('data', {}).get('text/plain', '')) for c in cells(f) for o in c['outputs']]
+    text = [source(c) for c in cells(f, 'code')]
+    if f.stem not in {a.notebook for a in ARTEFACTS}: text += [json.dumps(o.get('text') or o.get('data', {}).get('text/plain', '')) for c in cells(f, 'code') for o in c['outputs']]
     return [float(v) for v in re.findall(r'(?<![\w.])\d*\.\d+(?:e-?\d+)?|(?<![\w.])\d+\.?e-?\d+', '\n'.join(text))]
 
 def unsupported_in_notebook(f, md=None):

@@ -165,7 +165,7 @@ def plot_gain(points, titles):
 
 # %% ../../nbs/08c_questions.ipynb #6c000013
 def switch_rows(shares)->dict:
-    "Rows of students that drop their teacher after each of `shares` of the steps; 0 is unguided, 1 target guided"
+    "Rows of students that drop their teacher after `shares` of the steps; 0 is unguided, 1 target guided"
     def row(share):
         if share==0: return dict(mode='unguided')
         if share==1: return dict(mode='target')

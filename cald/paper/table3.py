@@ -62,8 +62,8 @@ class Speech(Experiment):
     recipe = SpeechRecipe
     processor = Wav2Vec2FeatureExtractor()
     modules = [f'cald.{m}' for m in (
-        'ops scan_source ops_cpp mixers models convert ablation pretrained resume hidden_states losses guidance trainer distill '
-        'lab.recipe lab.experiment tasks.speech paper.table3').split()]
+        'ops scan_source ops_cpp mixers models convert ablation pretrained resume hidden_states losses '
+        'guidance trainer distill lab.recipe lab.experiment tasks.speech paper.table3').split()]
     metrics = dict(wer='WER', cer='CER', joint='accuracy', slots='slot accuracy')
     student = (*Experiment.student, 'd_state', 'headdim')
 
