@@ -6,7 +6,7 @@ import numpy as np, pandas as pd, psutil, pytest, torch
 from cald.files import cache_folder,hash_files,read_json,runs_folder,write_json
 from cald.lab.grid import Cell,cell,grid,run_key,scale_settings,SCALES
 from cald.lab.queue import train_missing
-from cald.lab.results import (check_parameters,compare_with_committed,mean_ci,paper_numbers,provenance,
+from cald.lab.results import (check_parameters,compare_with_committed,mean_ci,paper_numbers,provenance,reason_to_keep,
                               summarise,write_figure,write_table)
 from cald.lab.store import fingerprint,git_state,normalised_ast,out_folder,result_row,Store
 from cald.paper.pages import write_markdown
@@ -444,6 +444,29 @@ def test_good_parameters_pass(injected):
 def test_bad_parameters_stop(injected, message):
     ns = namespace(injected)
     with pytest.raises(ValueError, match=re.escape(message)): check_parameters(ns, ns['before'])
+
+@pytest.mark.parametrize('name,value,problem', [
+    ('scale', 'tiny', 'known are smoke, demo, paper'), ('seeds', [], 'give at least one'),
+    ('seeds', [0,0], 'different ones'), ('seeds', [-1], 'from 0 on'), ('steps', -5, 'cannot be negative'),
+    ('lr', -1., 'cannot be negative'), ('train_rows', -2, 'cannot be negative'),
+    ('out', 'file/out', 'cannot write to'), ('train_rows', -1, ''), ('scale', 'demo', ''),
+    ('seeds', [2,0], ''), ('out', 'new/out', ''), ('out', '', '')])
+def test_impossible_values_of_a_parameter_stop(tmp_path, monkeypatch, name, value, problem):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path/'file').touch()
+    ns = {'__annotations__':{name:type(value)}, name:value}
+    if not problem:
+        assert check_parameters(ns, {})=={name:value}
+        return
+    with pytest.raises(ValueError, match=f'parameter {name} is .*{problem}'): check_parameters(ns, {})
+
+def test_a_row_with_another_name_does_not_replace_a_result(tmp_path):
+    df = results(tmp_path, [0,1,2])
+    renamed = provenance(df.assign(row=df['mode']+', again'))
+    assert 'standard, again' in reason_to_keep(renamed, provenance(df))
+    assert reason_to_keep(renamed, renamed) is None
+    other = {**renamed, 'overrides':[['k',4]]}
+    assert 'overridden' in reason_to_keep(other, {**renamed, 'overrides':[['lr',1]]})
 
 # --- the rest ---
 
