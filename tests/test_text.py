@@ -1,4 +1,4 @@
-"Text data: what the notebooks 04 and 04c cannot hold"
+"Text data: tests that the notebooks 04 to 04e cannot hold"
 import gzip, importlib.metadata, json, os, re, subprocess, sys, warnings
 from pathlib import Path
 
@@ -6,6 +6,7 @@ import numpy as np, pandas as pd, pytest
 from packaging.requirements import Requirement
 
 import cald.data.docs as text, cald.data.text as text_data
+from cald.data.prose import doc_parts
 from cald.data.tables import DataError
 from cald.files import cache_folder
 from cald.data.standins import read_stand_in,stand_in,STAND_INS,STANDIN_SIZES
@@ -79,7 +80,7 @@ def test_the_corpus_is_prose_without_repeats_and_divided_by_file(docs):
     assert words.sum()>1_500_000 and words['dev']>100_000 and words['test']>200_000
 
 @pytest.mark.parametrize('doc', ['', ' ', 'x', '::', '```', '```\ncode', '.. note::', '====\n----', 'Args:', 'Args:\n    x', ':param:', 'Returns\n-------', '>>> 1', '-', '[]()', '$$', '\x0c a\tb'])
-def test_odd_documentation_strings_do_no_harm(doc): assert text.doc_parts(doc)==[]
+def test_odd_documentation_strings_do_no_harm(doc): assert doc_parts(doc)==[]
 
 # ---- stand-ins
 
