@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['reproduce_folder', 'missing_requirement', 'plan', 'jobs', 'estimate_minutes', 'format_minutes', 'print_plan',
-           'print_new_lines', 'run_notebook', 'run_job', 'display_path', 'only_one', 'reproduce', 'agreement',
-           'checkout', 'cmd_reproduce', 'cmd_status', 'cmd_accept', 'cmd_compare', 'parser', 'parse', 'main']
+           'print_new_lines', 'run_notebook', 'run_job', 'only_one', 'reproduce', 'agreement', 'check_checkout',
+           'cmd_reproduce', 'cmd_status', 'cmd_accept', 'cmd_compare', 'parser', 'parse', 'main']
 
 # %% ../../nbs/09c_reproduce.ipynb #a0c53fd0
 import argparse,json,os,re,sys,time
@@ -41,10 +41,9 @@ def _planned(a, scale, seeds, folder, retrain)->tuple: # action, reason
     reason = missing_requirement(a)
     if reason: return 'cannot',reason
     state = result_state(a, folder)
-    wanted = 1 if scale=='smoke' else seeds
     exists = state['state'] in ('fresh','stale')
     drawing = not state['scale']
-    fits = exists and (drawing or state['scale']==scale and state['seeds']>=wanted)
+    fits = exists and (drawing or state['scale']==scale and state['seeds']>=seeds)
     if not fits: return 'make','other scale or fewer seeds' if exists else 'missing'
     if state['state']=='fresh': return 'done','fresh'
     if state['retrain'] and not retrain:
@@ -143,11 +142,6 @@ def run_job(job, folder, **params):
     if missing: raise RuntimeError(f"{a.path.name} ran, but wrote no new {', '.join(missing)} to {folder}")
 
 # %% ../../nbs/09c_reproduce.ipynb #4debee80
-def display_path(path)->str:
-    "`path` relative to the project where possible"
-    path,tree = Path(path).absolute(),project_folder()
-    return f'{path.relative_to(tree).as_posix()}/' if tree and path.is_relative_to(tree) else str(path)
-
 def _check_plan(todo, names, folder, seeds, force):
     "ValueError for a named result that cannot be made, or for one with more seeds that would be replaced"
     impossible = [f'{r.artefact.name}: {r.why}' for r in todo.itertuples()
@@ -177,7 +171,7 @@ def reproduce(names=('all',), scale='demo', seeds=3, publish=False, retrain=Fals
     if scale=='smoke': seeds = 1
     todo = plan(names, scale, seeds, folder, retrain, artefacts)
     _check_plan(todo, names, folder, seeds, force or scale=='smoke')
-    print(f'Scale {scale}, seeds: {seeds}, results in {display_path(folder)}')
+    print(f'Scale {scale}, seeds: {seeds}, results in {os.path.relpath(folder)}/')
     work = print_plan(todo, scale, seeds, workers or default_workers())
     kept = ', '.join(a.name for a in todo.artefact[todo.action=='keep'])
     if not work: print(f'Nothing was run: pass --retrain to rerun {kept}.' if kept else 'Nothing to do.')
@@ -209,8 +203,8 @@ def agreement(folder, committed=None, artefacts=None)->pd.DataFrame:
     return pd.DataFrame(rows).fillna(0).astype(int)
 
 # %% ../../nbs/09c_reproduce.ipynb #302b8160
-def checkout()->Path:
-    "The repository that the command works on; ValueError outside of one, or if another cald is installed"
+def check_checkout():
+    "ValueError outside of the repository, or if another cald is installed"
     tree = project_folder()
     if not tree or not (tree/'nbs').is_dir():
         raise ValueError('this command needs the repository with its notebooks, which the installed package '
@@ -219,12 +213,10 @@ def checkout()->Path:
     if Path(cald.__file__).resolve().parent!=(tree/'cald').resolve():
         raise ValueError('the installed cald is not the one of this checkout: run `pip install -e .` in it, '
                          'or set PYTHONPATH')
-    return tree
 
 def cmd_reproduce(o):
     "Make the tables and figures that are missing. Finished trainings are not repeated."
-    names = o.names or ['all']
-    folder = reproduce(names, o.scale, o.seeds, o.publish, o.retrain, o.force, o.workers, o.dry_run)
+    folder = reproduce(o.names, o.scale, o.seeds, o.publish, o.retrain, o.force, o.workers, o.dry_run)
     if o.scale!='demo' or o.dry_run: return
     table = agreement(folder)
     if len(table): print('Compared with the committed results:', table.to_string(), sep='\n')
@@ -237,7 +229,7 @@ def cmd_status(o):
     for folder in dict.fromkeys(f for f in folders if f.is_dir()):
         df = status(folder)
         if folder in devices: df = df[df.state!='missing']
-        print(display_path(folder), df.drop(columns=['retrain','why']).to_string(), sep='\n')
+        print(f'{os.path.relpath(folder)}/', df.drop(columns=['retrain','why']).to_string(), sep='\n')
         for name,why in df.why[df.why.ne('')].items(): print(f'  {name}: {why}')
         print(', '.join(f'{n} {state}' for state,n in df.state.value_counts().items()), end='\n\n')
 
@@ -266,7 +258,7 @@ def parser()->argparse.ArgumentParser:
     sub['accept'].add_argument('names', nargs='+', help='tables and figures (see status), or a group')
     sub['accept'].add_argument('--because', required=True, help='why the change cannot alter their numbers')
     add = sub['reproduce'].add_argument
-    add('names', nargs='*', help='tables and figures (see status), or all (the default), questions, more')
+    add('names', nargs='*', default=['all'], help='tables and figures (see status), or a group: all, questions, more')
     add('--scale', default='demo', help='smoke, demo (the default) or paper')
     add('--seeds', type=int, default=3, help='trainings of each cell (default: 3)')
     add('--publish', action='store_true', help='write to paper_figures/ instead of runs/SCALE/')
@@ -291,7 +283,7 @@ def main(argv=None)->int:
     "The console script `cald`; the exit status"
     try:
         o = parse(sys.argv[1:] if argv is None else argv)
-        checkout()
+        check_checkout()
         o.run(o)
         sys.stdout.flush()
         return 0
