@@ -16,7 +16,7 @@ setup(
     author=cfg['author'], author_email=cfg['author_email'], url=cfg['homepage'], license='Apache-2.0',
     keywords=words('keywords'), python_requires='>='+cfg['min_python'],
     packages=find_packages(include=[lib, lib+'.*']), zip_safe=False,
-    include_package_data=False, package_data={lib: ['checkpoints/**/*', 'paper/*.csv']},
+    include_package_data=False, package_data={lib: ['checkpoints/**/*', 'paper/*.csv', 'paper/*.yaml', 'paper/*.md']},
     install_requires=words('requirements'),
     extras_require={k: words(k+'_requirements') for k in ('demo','minilm','eval','cuda','dev')},
     entry_points=dict(nbdev=[f'{lib}={lib}._modidx:d'], console_scripts=words('console_scripts')),

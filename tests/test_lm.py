@@ -1,4 +1,4 @@
-"Language models: what the notebook 07_lm cannot hold"
+"Language models: tests that the notebooks 04l_lm_task and 07_lm cannot hold"
 import importlib.util, json
 from dataclasses import replace
 
@@ -7,7 +7,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig
 
 import cald.lab.experiment
 from cald.convert import convert
-from cald.paper.table2 import evaluate_lm,hold_out,Lm,LmRecipe,load_lm,Rows,smoke_gpt_neox,TokenRows,zero_shot
+from cald.paper.table2 import Lm,LmRecipe,zero_shot
+from cald.tasks.lm import encode,evaluate_lm,hold_out,load_lm,Rows,smoke_gpt_neox,TokenRows
 from cald.data.tables import DataError
 from cald.lab.grid import cell,settings
 from cald.lab.store import Store
@@ -53,6 +54,20 @@ def test_settings_and_data_decide_the_key(source, cache):
     a,b,c = (read(source, cache, **kw)[1]['small'].hash for kw in ({},dict(length=16),dict(test_rows=4)))
     assert len({a,b,c})==3
 
+def test_the_papers_budgets_see_their_text_twice():
+    for budget,rows_of_paper in dict(small=732160, medium=1464320, large=2928640).items():
+        r = LmRecipe(**settings(cell(budget, scale='paper')))
+        assert round(r.train_rows*r.share)==rows_of_paper
+        assert r.steps_student*r.batch*r.accumulate/rows_of_paper==2
+        assert r.of('standard')[1]==0
+
+def test_every_byte_has_a_token_and_short_text_is_named(source):
+    tok = AutoTokenizer.from_pretrained(source)
+    text = 'Every byte has a token: naïve, 中文, 🙂.'
+    assert tok.decode(tok(text)['input_ids'], clean_up_tokenization_spaces=False)==text
+    assert tok.eos_token_id==0 and len(tok)==AutoModelForCausalLM.from_pretrained(source).config.vocab_size
+    with pytest.raises(DataError, match=r'note.txt: \d+ tokens do not fill a row of 16\+1'): encode(['short'], tok, 16, where='note.txt')
+
 # ---- token files
 
 @pytest.mark.parametrize('sizes', [[17]*40, [34]*20, [5,40,3,17]*12, [200]*4], ids=['rows','two rows','documents','long'])
@@ -68,6 +83,11 @@ def test_rows_of_token_files(tmp_path, sizes):
     assert len(held['test'])>=3 and len(held['dev'])>=2
     edges = [(h.start,h.start+len(h.ends)) for h in held.values()] # no sequence is in two parts, none is lost
     assert edges[0][0]==0 and edges[0][1]==edges[1][0] and edges[1][1]==edges[2][0] and edges[2][1]==len(sizes)
+
+def test_a_sequence_of_token_files_is_cut_into_rows(tmp_path):
+    write_tokens([np.arange(17)+17*i for i in range(4)], tmp_path/'d')
+    rows = TokenRows(Tokens(tmp_path/'d.idx'), 8, 1, 2)
+    assert [r.tolist() for r in rows]==[list(range(17, 26)), list(range(25, 34))]
 
 def run_one(exp, data, source, store, mode, **kw):
     grid = exp.grid(list(data), ['standard', mode], [0], source, 'smoke', **kw)
@@ -161,6 +181,8 @@ def test_judging_does_not_depend_on_the_batch_and_leaves_the_model_as_it_was(sou
     ds,m = data['small'].parts['test'],load_lm(source).train()
     a,b = (evaluate_lm(m, Rows(ds.rows, len(ds), n, exp.tokenizer)) for n in (3,16))
     assert a==pytest.approx(b, rel=1e-5) and m.training
+    half = evaluate_lm(m.bfloat16(), ds)
+    assert half['perplexity']==pytest.approx(a['perplexity'], rel=.02)
 
 # ---- the harness
 

@@ -1,12 +1,10 @@
-"The command `cald`: what a notebook cannot test, because it takes processes that die, a copy of the whole project, or a browser."
+"The command `cald`: what a notebook cannot test, because it takes processes that die or a copy of the whole project."
 import json, os, re, shutil, signal, subprocess, sys, time
 from pathlib import Path
 import psutil, pytest
 from common import module_name
-from cald.paper.status import (Artefact,ARTEFACTS,fill_placeholders,module_hash,modules_of,notebook_defaults,
-                               result_state,stamp,status)
+from cald.paper.status import Artefact,ARTEFACTS,module_hash,modules_of,result_state,stamp,status
 from cald.paper.cli import main,reproduce
-from cald.lab.results import without_folders
 from cald.files import write_json
 
 root = Path(__file__).parents[1]
@@ -31,8 +29,7 @@ def pretend_fresh(a, folder):
     folder.mkdir(exist_ok=True)
     for r in a.results:
         (folder/f'{r}.csv').write_text('mode,mean\nstandard,1\n')
-        write_json(folder/f'{r}.json', dict(scale=['demo'], seeds=[0,1,2], cells={f'{a.name} wav2vec2-demo softmax standard':[0,1,2]}, parameters=without_folders({**notebook_defaults(a.path), **fill_placeholders(a.params), 'scale':'demo'}),
-            code=[{f'cald.{m}':module_hash(m) for m in modules_of(a)}], commit='0'*40, dirty=False, seconds=1., runs=[], csv_sha256=hashlib.sha256((folder/f'{r}.csv').read_bytes()).hexdigest()))
+        write_json(folder/f'{r}.json', dict(scale=['demo'], seeds=[0,1,2], cells={f'{a.name} wav2vec2-demo softmax standard':[0,1,2]}, code=[{f'cald.{m}':module_hash(m) for m in modules_of(a)}], commit='0'*40, dirty=False, seconds=1., runs=[], csv_sha256=hashlib.sha256((folder/f'{r}.csv').read_bytes()).hexdigest()))
     stamp(a, folder)
 
 here = [a for a in ARTEFACTS if (root/'nbs'/f'{a.notebook}.ipynb').exists()]
@@ -129,7 +126,7 @@ def test_killed_it_leaves_no_process_and_goes_on_where_it_was(toy, capsys):
         while len(results(toy))<n and p.poll() is None: time.sleep(.02)
         assert p.poll() is None, p.communicate()[1]
         family = psutil.Process(p.pid).children(recursive=True)
-        assert len(family)>=2, 'papermill and its kernel'
+        assert family, 'the kernel of the notebook'
         p.send_signal(how); p.wait(30)
         gone,alive = psutil.wait_procs(family, 15)
         assert not alive, f'a process stayed behind after {how.name}'
@@ -164,43 +161,7 @@ def test_a_reader_that_has_had_enough_is_no_error():
     os.close(theirs)
     assert done.returncode==1 and not done.stderr
 
-# The report in a real browser
-
-browser = next(filter(None, map(shutil.which, ('chromium','chromium-browser','google-chrome'))), None)
-watch = """<script>window.addEventListener('load', () => {
-const bad = [...document.images].filter(i => !i.complete || !i.naturalWidth);
-document.body.setAttribute('data-images', document.images.length);
-document.body.setAttribute('data-broken', bad.map(i => i.src.slice(0, 80)).join(' ')); });</script>"""
-
-def in_browser(page, profile):
-    "The document of HTML file `page` after its scripts have run"
-    page.with_suffix('.watched.html').write_text(page.read_text().replace('</body>', watch+'</body>'))
-    flags = ['--headless', '--no-sandbox', '--disable-gpu', '--disable-dev-shm-usage', '--virtual-time-budget=5000', '--dump-dom']
-    command = [browser, *flags, f'--user-data-dir={profile}', page.with_suffix('.watched.html').as_uri()]
-    return subprocess.run(command, capture_output=True, text=True, timeout=180).stdout
-
 def test_values_and_folders_that_cannot_work_are_refused(tmp_path, capsys):
     for args,message in [('reproduce table3 -n --workers -1', '--workers cannot be negative'),
                          (f'status --out {tmp_path}/nowhere', 'is not a folder'), (f'compare --out {tmp_path}/nowhere', 'is not a folder')]:
         assert main(args.split())==2 and message in capsys.readouterr().err, args
-
-def test_the_report_has_every_figure_and_notebook_and_leaves_other_files_alone(copy):
-    (copy/'report').mkdir()
-    (copy/'report'/'mine.csv').write_text('mine')
-    r = cald('report', '--to', 'report', cwd=copy)
-    assert r.returncode==0, r.stderr
-    assert (copy/'report'/'mine.csv').read_text()=='mine'
-    page = (copy/'report'/'index.html').read_text()
-    figures = {n for a in here for n in a.results if (root/'paper_figures'/f'{n}.png').exists()}
-    assert figures==set(re.findall(r'<img alt="([^"]+)"', page))
-    assert page.index('Table 1: RoBERTa') < page.index('<h2>Notebooks')
-    for link in re.findall(r'href="(notebooks/[^"]+)"', page): assert (copy/'report'/link).exists(), link
-    assert len(re.findall(r'href="notebooks/', page))==len(list((root/'nbs').glob('*.ipynb')))
-
-@pytest.mark.skipif(not browser, reason='no Chromium on this system')
-def test_a_browser_shows_every_figure_of_the_report(copy):
-    assert cald('report', '--to', 'report', cwd=copy).returncode==0
-    for page in (copy/'report'/'index.html', copy/'report'/'notebooks'/'05_speech.html'):
-        dom = in_browser(page, copy/'profile')
-        assert re.search(r'data-broken=""', dom), re.findall(r'data-broken="[^"]*"', dom)
-        assert int(re.search(r'data-images="(\d+)"', dom)[1])>=page.read_text().count('<img')>0

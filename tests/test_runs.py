@@ -6,7 +6,7 @@ import numpy as np, pandas as pd, psutil, pytest, torch
 from cald.files import cache_folder,hash_files,read_json,runs_folder,write_json
 from cald.lab.grid import Cell,cell,grid,run_key,scale_settings,SCALES
 from cald.lab.queue import train_missing
-from cald.lab.results import (check_parameters,compare_with_committed,mean_ci,paper_numbers,provenance,
+from cald.lab.results import (check_parameters,compare_with_committed,mean_ci,paper_numbers,provenance,reason_to_keep,
                               summarise,write_figure,write_table)
 from cald.lab.store import fingerprint,git_state,normalised_ast,out_folder,result_row,Store
 from cald.paper.pages import write_markdown
@@ -85,6 +85,8 @@ def finished(folder):
     "The finished runs of the store in `folder` as rows"
     return pd.DataFrame([result_row(r) for r in Store(folder).runs() if r.done])
 
+def states(store): return [r.state() for r in store.runs()]
+
 # --- kills and several processes ---
 
 def share(root, who):
@@ -106,9 +108,9 @@ def test_killed_run_is_taken_over_and_resumed(tmp_path):
     st,p = Store(tmp_path),launch(share, tmp_path, 'first')
     r = st.run(cell('t', seed=0), 'h')
     wait_for(lambda: len(r.metrics())>=3)
-    assert r.owner()==f'process {p.pid} on {socket.gethostname()}' and list(st.status().state)==['running']
+    assert r.owner()==f'process {p.pid} on {socket.gethostname()}' and states(st)==['running']
     p.kill(); p.join() # SIGKILL
-    assert r.owner() is None and list(st.status().state)==['unfinished'] and not r.done
+    assert r.owner() is None and states(st)==['unfinished'] and not r.done
     with open(r.folder/'metrics.jsonl', 'ab') as f: f.write(b'{"step": 3, "wh') # torn by the kill
     kept = len(r.metrics())
     finish(launch(share, tmp_path, 'second'))
@@ -246,12 +248,17 @@ def test_failure_leaves_the_finished_ones_and_frees_the_lock(tmp_path):
     cells = grid(task='t', seed=[0,1,2])
     with pytest.raises(FloatingPointError): train_missing(cells, fails, Store(tmp_path), 'h')
     st = Store(tmp_path)
-    assert sorted(st.status().state)==['fresh','unfinished']
+    assert sorted(states(st))==['fresh','unfinished']
     calls = []; train_missing(cells, counting(calls), st, 'h')
     assert calls==[1,2]
 
 def test_fn_without_result_is_an_error(tmp_path):
     with pytest.raises(RuntimeError, match='has no result'): train_missing([cell('t')], lambda c, run: None, Store(tmp_path), 'h')
+
+def test_a_result_cannot_hide_a_column_of_the_record(tmp_path):
+    r = Store(tmp_path).run(cell('t'), 'h')
+    with pytest.raises(ValueError, match=r"seconds.*other names"): r.finish(dict(seconds=1., wer=2.))
+    assert not r.done
 
 def test_numbers_that_are_not_finite_are_kept_as_null(tmp_path):
     r = Store(tmp_path).run(cell('t'), 'h'); r.log(step=np.int64(1), loss=np.float32('nan')); r.finish(dict(wer=float('inf'), ok=np.float32(.5)))
@@ -269,15 +276,15 @@ def test_stale_runs_are_told_and_kept_until_asked(tmp_path, module, capsys):
     calls,cells,st = [],grid(task='t', seed=[0,1]),lambda: Store(tmp_path/'runs', ['toy_code'])
     train_missing(cells, counting(calls), st(), 'h')
     module.write_text('# a comment\ndef f(x):\n    "another doc"\n\n    return (x + 1)\n')
-    assert list(st().status().state)==['fresh','fresh']
+    assert states(st())==['fresh','fresh']
     module.write_text('def f(x):\n    return x+2\n')
-    assert list(st().status().state)==['stale','stale'] and set(st().status().why)=={'toy_code'}
+    assert states(st())==['stale','stale'] and all(r.changed()==['toy_code'] for r in st().runs())
     train_missing(cells, counting(calls), st(), 'h')
     assert calls==[0,1] and '2 of 2 runs were made or begun by other code (changed: toy_code)' in capsys.readouterr().out
     train_missing(cells, counting(calls), st(), 'h', retrain=True)
-    assert calls==[0,1,0,1] and list(st().status().state)==['fresh','fresh'] and not capsys.readouterr().out
+    assert calls==[0,1,0,1] and states(st())==['fresh','fresh'] and not capsys.readouterr().out
     module.unlink()
-    assert list(Store(tmp_path/'runs').status().state)==['stale','stale']
+    assert states(Store(tmp_path/'runs'))==['stale','stale']
     with pytest.raises(ValueError, match='no such modules'): st()
 
 def test_unfinished_run_that_other_code_began_is_told_and_made_afresh_when_asked(tmp_path, module, capsys):
@@ -289,7 +296,7 @@ def test_unfinished_run_that_other_code_began_is_told_and_made_afresh_when_asked
         train_missing([cell('t', seed=int(retrain))], lambda c, run: run.log(step=2) or dict(a=1), st(), 'h', retrain=retrain)
         assert ('begun by other code' in capsys.readouterr().out)==(not retrain)
         assert list(st().run(cell('t', seed=int(retrain)), 'h').metrics().step)==steps
-        assert list(st().status().query(f'run.str.contains("seed {int(retrain)}")').state)==['fresh' if retrain else 'stale']
+        assert st().run(cell('t', seed=int(retrain)), 'h').state()==('fresh' if retrain else 'stale')
 
 def student_and_teacher(root):
     def fn(c, run):
@@ -437,6 +444,29 @@ def test_good_parameters_pass(injected):
 def test_bad_parameters_stop(injected, message):
     ns = namespace(injected)
     with pytest.raises(ValueError, match=re.escape(message)): check_parameters(ns, ns['before'])
+
+@pytest.mark.parametrize('name,value,problem', [
+    ('scale', 'tiny', 'known are smoke, demo, paper'), ('seeds', [], 'give at least one'),
+    ('seeds', [0,0], 'different ones'), ('seeds', [-1], 'from 0 on'), ('steps', -5, 'cannot be negative'),
+    ('lr', -1., 'cannot be negative'), ('train_rows', -2, 'cannot be negative'),
+    ('out', 'file/out', 'cannot write to'), ('train_rows', -1, ''), ('scale', 'demo', ''),
+    ('seeds', [2,0], ''), ('out', 'new/out', ''), ('out', '', '')])
+def test_impossible_values_of_a_parameter_stop(tmp_path, monkeypatch, name, value, problem):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path/'file').touch()
+    ns = {'__annotations__':{name:type(value)}, name:value}
+    if not problem:
+        assert check_parameters(ns, {})=={name:value}
+        return
+    with pytest.raises(ValueError, match=f'parameter {name} is .*{problem}'): check_parameters(ns, {})
+
+def test_a_row_with_another_name_does_not_replace_a_result(tmp_path):
+    df = results(tmp_path, [0,1,2])
+    renamed = provenance(df.assign(row=df['mode']+', again'))
+    assert 'standard, again' in reason_to_keep(renamed, provenance(df))
+    assert reason_to_keep(renamed, renamed) is None
+    other = {**renamed, 'overrides':[['k',4]]}
+    assert 'overridden' in reason_to_keep(other, {**renamed, 'overrides':[['lr',1]]})
 
 # --- the rest ---
 

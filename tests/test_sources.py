@@ -1,4 +1,4 @@
-"Tests that the notebook 10a_speech_source cannot hold: plain references, the shipped checkpoint, faults"
+"Tests that the notebook 10b_speech_source cannot hold: plain references, the shipped checkpoint, faults"
 import json, math
 from dataclasses import replace
 import numpy as np, pytest, torch
@@ -7,8 +7,9 @@ import cald.pretrain.speech as S, cald.pretrain.units as U
 from cald.pretrained import shipped
 from cald.files import hash_files
 from cald.data.speech import cnn_frames
-from cald.pretrain.speech import build_model,draw_batch,load_training,optimiser,pretrain,PretrainRecipe
-from cald.tasks.speech import front_end
+from cald.pretrain.loop import load_training,optimiser,read_log
+from cald.pretrain.speech import build_model,draw_batch,pretrain_speech,PretrainRecipe
+from cald.tasks.front_end import front_end
 from cald.pretrain.units import Clusters,label_frames,log_mel,mel_filters,mfcc,span_mask,UnitCorpus
 from cald.data.voices import VOICES
 
@@ -73,27 +74,27 @@ def test_masked_frames_come_in_spans():
 def test_interrupted_run_equals_the_whole_one(corpora, tmp_path):
     train,held = corpora
     r = PretrainRecipe.tiny(steps=8)
-    whole = pretrain(r, train, held, tmp_path/'a', every=4)
+    whole = pretrain_speech(r, train, held, tmp_path/'a', every=4)
     def die(net, row): raise KeyboardInterrupt
-    with pytest.raises(KeyboardInterrupt): pretrain(r, train, held, tmp_path/'b', every=4, each=die)
+    with pytest.raises(KeyboardInterrupt): pretrain_speech(r, train, held, tmp_path/'b', every=4, each=die)
     (tmp_path/'b'/'state.safetensors.tmp').write_bytes(b'half a file')
-    again = pretrain(r, train, held, tmp_path/'b', every=4)
+    again = pretrain_speech(r, train, held, tmp_path/'b', every=4)
     for k,v in whole.state_dict().items(): assert torch.equal(v, again.state_dict()[k]), k
-    assert [(a['step'],a['loss']) for a in S.read_log(tmp_path/'a'/'log.csv')]==[(a['step'],a['loss']) for a in S.read_log(tmp_path/'b'/'log.csv')]
+    assert [(a['step'],a['loss']) for a in read_log(tmp_path/'a'/'log.csv')]==[(a['step'],a['loss']) for a in read_log(tmp_path/'b'/'log.csv')]
 
 def test_a_run_stopped_by_the_clock_resumes(corpora, tmp_path):
     train,held = corpora
     r = PretrainRecipe.tiny(steps=4)
-    pretrain(r, train, held, tmp_path, max_seconds=0.)
+    pretrain_speech(r, train, held, tmp_path, max_seconds=0.)
     net = build_model(r); step,seconds = load_training(tmp_path/'state.safetensors', net, optimiser(net, r))
     assert step==1 and seconds>0
-    pretrain(r, train, held, tmp_path)
-    assert [a['step'] for a in S.read_log(tmp_path/'log.csv')]==[1,4]
+    pretrain_speech(r, train, held, tmp_path)
+    assert [a['step'] for a in read_log(tmp_path/'log.csv')]==[1,4]
 
 def test_it_learns(corpora, tmp_path):
     train,held = corpora
     r = PretrainRecipe.tiny(steps=60, lr=5e-3, noise=0.)
-    before,after = S.evaluate(build_model(r), held, r),S.evaluate(pretrain(r, train, held, tmp_path), held, r)
+    before,after = S.evaluate(build_model(r), held, r),S.evaluate(pretrain_speech(r, train, held, tmp_path), held, r)
     assert after['held_seen']<before['held_seen']-.2
 
 def test_only_training_voices_are_heard(monkeypatch):

@@ -1,4 +1,4 @@
-"Speech data: tests that the notebooks 04e to 04h cannot hold"
+"Speech data: tests that the notebooks 04f to 04i cannot hold"
 import gzip, json, os, re, signal, subprocess, sys, time
 from dataclasses import astuple
 from pathlib import Path

@@ -1,4 +1,4 @@
-"Text data: what the notebooks 04 and 04c cannot hold"
+"Text data: tests that the notebooks 04 to 04e cannot hold"
 import gzip, importlib.metadata, json, os, re, subprocess, sys, warnings
 from pathlib import Path
 
@@ -6,12 +6,13 @@ import numpy as np, pandas as pd, pytest
 from packaging.requirements import Requirement
 
 import cald.data.docs as text, cald.data.text as text_data
+from cald.data.prose import doc_parts
 from cald.data.tables import DataError
 from cald.files import cache_folder
 from cald.data.standins import read_stand_in,stand_in,STAND_INS,STANDIN_SIZES
 from cald.data.docs import CORPUS,differing,DOC_PACKAGES,documents,read_docs,SMALL
 from cald.data.text import HUB,read_text_task
-from cald.data.tokens import pack,read_lm,Tokens,write_tokens
+from cald.data.tokens import pack,read_index,read_lm,Tokens,write_tokens
 from common import data_folder
 
 pytestmark = pytest.mark.xdist_group('text') # one process builds the corpus
@@ -79,7 +80,7 @@ def test_the_corpus_is_prose_without_repeats_and_divided_by_file(docs):
     assert words.sum()>1_500_000 and words['dev']>100_000 and words['test']>200_000
 
 @pytest.mark.parametrize('doc', ['', ' ', 'x', '::', '```', '```\ncode', '.. note::', '====\n----', 'Args:', 'Args:\n    x', ':param:', 'Returns\n-------', '>>> 1', '-', '[]()', '$$', '\x0c a\tb'])
-def test_odd_documentation_strings_do_no_harm(doc): assert text.doc_parts(doc)==[]
+def test_odd_documentation_strings_do_no_harm(doc): assert doc_parts(doc)==[]
 
 # ---- stand-ins
 
@@ -188,9 +189,81 @@ def test_documents_may_name_their_split(tmp_path, cache):
     write('some.jsonl', 40*['train']+[None])
     with pytest.raises(DataError, match='which split does it belong to'): read_lm(tmp_path/'some.jsonl', cache)
 
-def test_tokens_without_their_index_are_told(tmp_path, cache):
-    (tmp_path/'own.bin').write_bytes(b'1234')
-    with pytest.raises(DataError, match='0 .idx files where one is needed'): read_lm(tmp_path, cache)
+@pytest.mark.parametrize('files,path,message', [
+    ({'tests/test.txt':'a', 'tests/valid.txt':'b'}, 'tests', 'no rows of the split train; it has dev, test'),
+    ({'line.txt':'short'}, 'line.txt', 'line.txt: too little text to cut it into train, dev and test'),
+    ({'own.csv':'text\na\n'}, 'own.csv', 'text is read from .txt and .jsonl'),
+    ({'several/a.csv':'text\na\n'}, 'several', 'no .txt or .jsonl files there'),
+    ({'empty.jsonl':'{"text": " "}\n'}, 'empty.jsonl', 'row 1: `text` is empty')])
+def test_unusable_text_for_a_language_model_is_named(tmp_path, cache, files, path, message):
+    for name,text in files.items(): write(tmp_path/name, text)
+    with pytest.raises(DataError, match=message): read_lm(tmp_path/path, cache)
+
+def test_scale_paper_needs_text_of_its_own(cache):
+    with pytest.raises(ValueError, match='scale paper needs data'): read_lm('', cache, 'paper')
+
+# ---- token files
+
+MINI = [[1,2,3],[4,5],[6,7,8,9],[10]]
+
+@pytest.fixture
+def mini(tmp_path):
+    "The bytes of the index and of the tokens of `MINI`"
+    write_tokens(MINI, tmp_path/'document')
+    return [(tmp_path/f'document.{kind}').read_bytes() for kind in ('idx','bin')]
+
+@pytest.mark.parametrize('change,message', [
+    (lambda index: index[:-3], 'truncated, 119 bytes where 4 sequences take 122'),
+    (lambda index: index[:20], 'truncated, 20 bytes'),
+    (lambda index: b'text'*20, 'not the index of Megatron token files'),
+    (lambda index: index+b'0', 'too long'),
+    (lambda index: index[:9]+b'\2'+index[10:], 'version 2 of the format'),
+    (lambda index: index[:17]+b'\7'+index[18:], 'unknown type of tokens')])
+def test_a_damaged_index_is_named(tmp_path, mini, change, message):
+    (tmp_path/'bad.idx').write_bytes(change(mini[0]))
+    with pytest.raises(DataError, match=f'bad.idx: {message}'): read_index(tmp_path/'bad.idx')
+
+def write_parts(folder, mini, cuts, without=()):
+    "The tokens of `mini` in parts, cut at the bytes `cuts`, except the parts `without`"
+    index,tokens = mini
+    folder.mkdir()
+    (folder/'document.idx').write_bytes(index)
+    for i,(start,end) in enumerate(zip([0,*cuts], [*cuts,None])):
+        part = folder/f'document-{i:05d}-of-{len(cuts):05d}.bin'
+        if i not in without: part.write_bytes(tokens[start:end])
+    return folder
+
+@pytest.mark.parametrize('cuts', [[9,18], [8,16], [6,12,18]])
+def test_parts_of_token_files_are_read_as_one(tmp_path, mini, cuts):
+    tokens = Tokens(write_parts(tmp_path/'parts', mini, cuts))
+    assert [t.tolist() for t in tokens]==MINI
+    with pytest.raises(IndexError, match='sequence 4 of 4'): tokens[4]
+
+def test_missing_and_truncated_parts_are_named(tmp_path, mini):
+    first = Tokens(write_parts(tmp_path/'first', mini, [9,18], without=(1,2)))
+    assert [t.tolist() for t in first]==MINI[:1] and first.total==4
+    gap = write_parts(tmp_path/'gap', mini, [8,16], without=(1,))
+    with pytest.raises(DataError, match='part 1 is missing before it'): Tokens(gap)
+    short = write_parts(tmp_path/'short', mini, [6,10])
+    with pytest.raises(DataError, match='document-00001-of-00002.bin: truncated'): Tokens(short)
+    cut = write_parts(tmp_path/'cut', mini, [8,16])
+    (cut/'document-00002-of-00002.bin').write_bytes(mini[1][16:-2])
+    with pytest.raises(DataError, match='truncated, 18 bytes of tokens where document.idx says 20'): Tokens(cut)
+    none = write_parts(tmp_path/'none', mini, [4,8], without=(1,2))
+    with pytest.raises(DataError, match='not one whole sequence'): Tokens(none)
+
+def test_files_that_do_not_belong_together_are_named(tmp_path, mini, cache):
+    write_tokens([[1,2]], tmp_path/'other')
+    (tmp_path/'other.bin').write_bytes(mini[1])
+    with pytest.raises(DataError, match='they do not belong together'): Tokens(tmp_path/'other.idx')
+    (tmp_path/'alone').mkdir()
+    (tmp_path/'alone/own.bin').write_bytes(b'1234')
+    with pytest.raises(DataError, match='own.idx: no such file'): Tokens(tmp_path/'alone/own.bin')
+    with pytest.raises(DataError, match='0 .idx files where one is needed'): read_lm(tmp_path/'alone', cache)
+
+def test_tokens_must_fit_their_type_and_fill_a_row(tmp_path):
+    with pytest.raises(ValueError, match='sequence 0: tokens do not fit into uint16'): write_tokens([[70000]], tmp_path/'big')
+    with pytest.raises(ValueError, match=r'2 tokens are less than a row of 4\+1'): pack([[1,2]], 4)
 
 def test_real_text_for_language_models(cache):
     df = read_lm(data_folder('tinyshakespeare')/'input.txt', cache)
