@@ -27,30 +27,40 @@ DAMAGE = np.array([1.,3.6])  # displacement of the states by new mixers
 SWITCH = .45                 # fraction of the steps after which hybrid drops its teacher
 
 def teacher_path(n:int=101)->np.ndarray: # (n, 2)
-    "The bent path of the teacher from source to target"
+    "The bent path of the teacher from source to target: a quadratic Bézier curve"
     t = np.linspace(0, 1, n)[:,None]
-    return (1-t)**2*SOURCE+2*t*(1-t)*np.array([4.,-3.2])+t**2*TARGET
+    control = np.array([4.,-3.2])
+    from_source = (1-t)**2*SOURCE
+    bend = 2*t*(1-t)*control
+    to_target = t**2*TARGET
+    return from_source+bend+to_target
 
 def guide(mode:str, t:float, # fraction of the steps
           until:float=SWITCH):
     "The point to which the guidance of `mode` pulls the student at `t`, or None"
-    if mode=='target' or (mode=='hybrid' and t<until): return TARGET
+    if mode=='target': return TARGET
+    if mode=='hybrid' and t<until: return TARGET
     if mode=='trajectory': return teacher_path()[int(100*t)]
-    if mode=='waypoint': return teacher_path()[20*min(int(5*t)+1, 5)] # the next of five, ahead of the student
+    if mode=='waypoint':
+        ahead = min(int(5*t)+1, 5) # the next of five, ahead of the student
+        return teacher_path()[20*ahead]
 
+# %% ../../nbs/08b_drawings.ipynb #0b8e100a
 def student_start(mode:str)->np.ndarray: # (2,)
     "The states of the student of `mode` as converted"
     if start_from(mode)=='source': return SOURCE+DAMAGE
     return TARGET+DAMAGE*[-1.6,1]
 
-def student_path(mode:str, n:int=200, pull:float=.045, task:float=.012)->np.ndarray: # (n+1, 2)
+def student_path(mode:str, n:int=200, # steps
+                 pull:float=.045, task:float=.012)->np.ndarray: # (n+1, 2)
     "The path of a student, which each step moves towards its guidance by `pull` and towards `TASK` by `task`"
     path = [student_start(mode)]
     for i in range(n):
         x = path[-1]
         to = guide(mode, i/n)
         guided = 0 if to is None else pull*(to-x)
-        path.append(x+guided+task*(TASK-x))
+        by_task = task*(TASK-x)
+        path.append(x+guided+by_task)
     return np.array(path)
 
 # %% ../../nbs/08b_drawings.ipynb #5a5489d3
@@ -59,46 +69,69 @@ PANELS = [('a) Unguided', ['unguided']), ('b) Target', ['target']),
 
 def draw_teacher(ax):
     "The path of the teacher, with its start and end"
-    look = dict(color=colour_of('standard'), zorder=4)
-    ax.plot(*teacher_path().T, color=colour_of('standard'), lw=2.5, alpha=.55)
-    for (x,y),name,aside,below in ((SOURCE,'source',-.5,1.7), (TARGET,'target',2.6,.7)):
-        ax.plot(x, y, marker_of('standard'), ms=8, **look)
-        ax.text(x+aside, y-below, f'{name}\nteacher', ha='center', va='top')
+    colour = colour_of('standard')
+    marker = marker_of('standard')
+    ax.plot(*teacher_path().T, color=colour, lw=2.5, alpha=.55)
+    labels = {'source':(SOURCE,-.5,1.7), 'target':(TARGET,2.6,.7)}
+    for name,(end,aside,below) in labels.items():
+        x,y = end
+        look = dict(color=colour, ms=8, zorder=4)
+        ax.plot(x, y, marker, **look)
+        label = f'{name}\nteacher'
+        ax.text(x+aside, y-below, label, ha='center', va='top')
 
 def draw_student(ax, mode):
     "The path of a student, dotted where no teacher guides it, with arrows to the points that guide it"
     path = student_path(mode)
     colour = colour_of(mode)
-    look = dict(color=colour, marker=marker_of(mode), zorder=5, ls='')
-    guided = {'unguided':0, 'hybrid':round(SWITCH*200)}.get(mode, 200)
-    ax.plot(*path[:guided+1].T, color=colour, lw=2)
-    ax.plot(*path[guided:].T, color=colour, lw=2, ls=(0,(1,1.2)))
-    arrow = dict(arrowstyle='->', color=colour, lw=.8, alpha=.5, shrinkA=2, shrinkB=3)
-    for i in range(4, guided, 28): ax.annotate('', guide(mode, i/200), path[i], arrowprops=arrow)
-    ax.plot(*path[0], mfc='w', mew=1.5, ms=8, **look)
-    ax.plot(*path[-1], ms=8, **look)
-    if mode=='hybrid': ax.text(*path[guided]+[-1.2,.4], 'teacher\ndropped', ha='right', va='center')
+    steps = len(path)-1
+    switch = round(SWITCH*steps)
+    guided = {'unguided':0, 'hybrid':switch}.get(mode, steps)
+    line = dict(color=colour, lw=2)
+    dotted = (0, (1,1.2))
+    ax.plot(*path[:guided+1].T, **line)
+    ax.plot(*path[guided:].T, ls=dotted, **line)
+    gaps = dict(shrinkA=2, shrinkB=3)
+    arrow = dict(arrowstyle='->', color=colour, lw=.8, alpha=.5, **gaps)
+    for i in range(4, guided, 28):
+        to = guide(mode, i/steps)
+        ax.annotate('', to, path[i], arrowprops=arrow)
+    marker = marker_of(mode)
+    end = dict(color=colour, marker=marker, ms=8, ls='', zorder=5)
+    ax.plot(*path[0], mfc='w', mew=1.5, **end)
+    ax.plot(*path[-1], **end)
+    if mode=='hybrid':
+        x,y = path[guided]
+        ax.text(x-1.2, y+.4, 'teacher\ndropped', ha='right', va='center')
 
 # %% ../../nbs/08b_drawings.ipynb #0b8e1004
 def plot_modes_drawn():
     "Figure 1: the teacher's path and the students' under each mode"
-    fig,axs = plt.subplots(1, 4, figsize=(PAGE_WIDTH,2.7), sharex=True, sharey=True, layout='constrained')
+    shared = dict(sharex=True, sharey=True, layout='constrained')
+    fig,axs = plt.subplots(1, 4, figsize=(PAGE_WIDTH,2.7), **shared)
     for ax,(title,modes) in zip(axs, PANELS):
         draw_teacher(ax)
         for mode in modes: draw_student(ax, mode)
         x,y = student_start(modes[0])
-        ax.text(x, y+.6, f'student, from\n{start_from(modes[0])} weights', ha='center', va='bottom')
+        label = f'student, from\n{start_from(modes[0])} weights'
+        ax.text(x, y+.6, label, ha='center', va='bottom')
         ax.set_title(title, fontsize=11)
-        ax.set(xticks=[], yticks=[], xlim=(-4.4,15.8), ylim=(-4.6,8.9))
+        ax.set(xticks=[], yticks=[])
+        ax.set(xlim=(-4.4,15.8), ylim=(-4.6,8.9))
         for side in ax.spines.values(): side.set_alpha(.3)
     waypoints = teacher_path()[20::20]
-    axs[2].plot(*waypoints.T, 'o', color=colour_of('standard'), ms=4)
+    panel = axs[2]
+    grey = colour_of('standard')
+    panel.plot(*waypoints.T, 'o', color=grey, ms=4)
     for mode,height in (('trajectory',6.6), ('waypoint',5.2)):
-        axs[2].text(9.6, height, mode, color=colour_of(mode), ha='center', va='center')
+        colour = colour_of(mode)
+        panel.text(9.6, height, mode, color=colour, ha='center', va='center')
     return fig
 
 # %% ../../nbs/08b_drawings.ipynb #8da0df49
-def count_parameters(module)->int: return sum(p.numel() for p in module.parameters())
+def count_parameters(module)->int:
+    "The number of parameters of `module`"
+    return sum(p.numel() for p in module.parameters())
 
 def layer_sizes()->dict: # name -> parameters
     "Parameters of the parts of one layer of Wav2Vec2-large, and of its mixers after conversion"
@@ -106,46 +139,58 @@ def layer_sizes()->dict: # name -> parameters
     cfg = Wav2Vec2Config(do_stable_layer_norm=True, feat_extract_norm='layer', **size)
     with torch.device('meta'): full = Wav2Vec2Model(cfg) # without weights
     small_cnn = dict(conv_dim=(8,)*7, num_conv_pos_embedding_groups=1, num_conv_pos_embeddings=1)
-    small = Wav2Vec2Model(Wav2Vec2Config(**{**cfg.to_dict(), **small_cnn}))
+    small_cfg = Wav2Vec2Config(**(cfg.to_dict() | small_cnn))
+    small = Wav2Vec2Model(small_cfg)
     student = convert(small, to='mamba2', d_state=128, headdim=64, expand=1)
     old = full.encoder.layers[0]
     new = student.encoder.layers[0]
-    norms = count_parameters(old.layer_norm)+count_parameters(old.final_layer_norm)
-    return dict(attention=count_parameters(old.attention), mixers=count_parameters(new.attention),
-                forward=count_parameters(old.feed_forward), norms=norms,
-                layer=count_parameters(old), converted=count_parameters(new))
+    norms = torch.nn.ModuleList([old.layer_norm, old.final_layer_norm])
+    parts = dict(attention=old.attention, mixers=new.attention)
+    parts |= dict(forward=old.feed_forward, norms=norms)
+    parts |= dict(layer=old, converted=new)
+    return {name: count_parameters(part) for name,part in parts.items()}
 
 # %% ../../nbs/08b_drawings.ipynb #4c3162fe
 KEPT = '#dfe6ec'
 NEW = '#f6d5b8'
 OLD = '#c9d8c5'
 LINE = '.25'
+_centred = dict(ha='center', va='center')
 
 def box(ax, x, y, w, h, text, colour):
     "A box of width `w` and height `h`, with its middle at `x` and its foot at `y`"
     shape = dict(boxstyle='round,pad=0,rounding_size=.12', fc=colour, ec='.35', lw=1)
-    ax.add_patch(FancyBboxPatch((x-w/2, y), w, h, **shape))
-    ax.text(x, y+h/2, text, ha='center', va='center')
+    corner = (x-w/2, y)
+    patch = FancyBboxPatch(corner, w, h, **shape)
+    ax.add_patch(patch)
+    ax.text(x, y+h/2, text, **_centred)
 
 def arrow(ax, *points, head=True, **style):
     "A line through `points`, with an arrow head at its end"
     p = np.array(points)
     style = dict(color=LINE, lw=1.1) | style
-    if len(p)>2: ax.plot(*p[:-1].T, solid_joinstyle='round', **style)
-    end = dict(arrowstyle='-|>' if head else '-', mutation_scale=9, shrinkA=0, shrinkB=0)
-    ax.add_patch(FancyArrowPatch(p[-2], p[-1], **end, **style))
+    if len(p)>2:
+        bends = p[:-1].T
+        ax.plot(*bends, solid_joinstyle='round', **style)
+    shape = '-|>' if head else '-'
+    end = dict(arrowstyle=shape, mutation_scale=9, shrinkA=0, shrinkB=0)
+    patch = FancyArrowPatch(p[-2], p[-1], **end, **style)
+    ax.add_patch(patch)
 
 def plus(ax, x, y):
     "A sum: a circle with a plus sign"
-    ax.add_patch(plt.Circle((x, y), .2, fc='w', ec=LINE, lw=1.1, zorder=4))
-    ax.text(x, y-.015, '+', ha='center', va='center', zorder=5)
+    outline = dict(fc='w', ec=LINE, lw=1.1)
+    circle = plt.Circle((x,y), .2, zorder=4, **outline)
+    ax.add_patch(circle)
+    ax.text(x, y-.015, '+', zorder=5, **_centred)
 
 # %% ../../nbs/08b_drawings.ipynb #19c1986a
 def residual(ax, x, low, high):
     "The path around a part of the layer at `x`, from height `low` to the sum at `high`"
     side = x-2.6
     plus(ax, x, high)
-    arrow(ax, (x,low), (side,low), (side,high), (x-.2,high))
+    corners = (side,low),(side,high)
+    arrow(ax, (x,low), *corners, (x-.2,high))
 
 def draw_layer(ax, x, title):
     "A pre-norm layer at `x`, with room for its mixer between heights 2.1 and 5.4"
@@ -163,6 +208,7 @@ def draw_layer(ax, x, title):
     arrow(ax, (x,9.2), (x,10.1))
     ax.text(x, -.35, title, ha='center', va='top', fontsize=11)
 
+# %% ../../nbs/08b_drawings.ipynb #0b8e100c
 def draw_mixers(ax, x, n):
     "Two mixers with `n` parameters together: one reads forwards, one backwards"
     left = x-1.3
@@ -172,7 +218,8 @@ def draw_mixers(ax, x, n):
     box(ax, right, 2.35, 2.2, .45, 'reverse in time', 'w')
     arrow(ax, (right,2.8), (right,3.1))
     for side,way in ((left,'forward'), (right,'backward')):
-        box(ax, side, 3.1, 2.2, .95, f'Mamba2\n{way}\n{n/2e6:.2f} M', NEW)
+        label = f'Mamba2\n{way}\n{n/2e6:.2f} M'
+        box(ax, side, 3.1, 2.2, .95, label, NEW)
     arrow(ax, (right,4.05), (right,4.25))
     box(ax, right, 4.25, 2.2, .45, 'reverse in time', 'w')
     arrow(ax, (left,4.05), (left,5), (x-.2,5))
@@ -183,25 +230,32 @@ def draw_mixers(ax, x, n):
 # %% ../../nbs/08b_drawings.ipynb #30ff21a3
 def draw_key(ax, x, y):
     "The meaning of the three box colours"
-    for i,(colour,text) in enumerate([(KEPT,'kept: weights transferred'), (OLD,'replaced'), (NEW,'new')]):
-        ax.add_patch(plt.Rectangle((x, y-.6*i), .4, .35, fc=colour, ec='.35'))
-        ax.text(x+.55, y+.17-.6*i, text, va='center')
+    meanings = {KEPT:'kept: weights transferred', OLD:'replaced', NEW:'new'}
+    for i,(colour,text) in enumerate(meanings.items()):
+        down = .6*i
+        corner = (x, y-down)
+        patch = plt.Rectangle(corner, .4, .35, fc=colour, ec='.35')
+        ax.add_patch(patch)
+        ax.text(x+.55, y+.17-down, text, va='center')
 
 def plot_layer(sizes:dict): # of `layer_sizes`
     "Figure 2: a layer of Wav2Vec2, the converted one, and the outputs that the layer loss compares"
     fig,ax = plt.subplots(figsize=(PAGE_WIDTH,6.8), layout='constrained')
     teacher = f'a) Wav2Vec2, the teacher\n{sizes["layer"]/1e6:.2f} M parameters'
     student = f'b) Bidirectional Mamba2, the student\n{sizes["converted"]/1e6:.2f} M parameters'
+    attention = f'Self-attention\n{sizes["attention"]/1e6:.2f} M'
     draw_layer(ax, 0, teacher)
-    box(ax, 0, 2.1, 2.6, 3.3, f'Self-attention\n{sizes["attention"]/1e6:.2f} M', OLD)
+    box(ax, 0, 2.1, 2.6, 3.3, attention, OLD)
     draw_layer(ax, 9, student)
     draw_mixers(ax, 9, sizes['mixers'])
+    dashed = dict(color='k', lw=1.6, ls='--')
     for x,edge in ((0,3.4), (9,5.6)):
-        arrow(ax, (x,9.65), (edge,9.65), color='k', lw=1.6, ls='--')
+        arrow(ax, (x,9.65), (edge,9.65), **dashed)
         ax.plot(x, 9.65, 'o', color='k', ms=5, zorder=6)
     box(ax, 4.5, 9.3, 2.2, .7, 'layer loss\n(MSE)', 'w')
     draw_key(ax, 1.9, 3.9)
-    ax.set(xlim=(-3.2,12.2), ylim=(-1.5,10.4))
+    ax.set_xlim(-3.2, 12.2)
+    ax.set_ylim(-1.5, 10.4)
     ax.set_aspect('equal')
     ax.axis('off')
     return fig

@@ -15,8 +15,6 @@ import torch
 from matplotlib.colors import to_rgb
 from torch import Tensor
 from tqdm import tqdm
-
-# %% ../../nbs/08a_trajectories.ipynb #9a8d450b
 from .cka import panels,Study
 from ..distill import find_snapshots
 from ..lab.experiment import evenly_spaced
@@ -34,7 +32,8 @@ def available_models(study:Study, run, recipe)->dict: # step -> function that lo
         return exp.ready(run.cell, recipe, labels, standard and standard.folder)[0]
     loaders = {0: initial}
     if 'best_step' in run.result:
-        loaders[int(run.result['best_step'])] = lambda: exp.load(run.folder/'model')
+        best = int(run.result['best_step'])
+        loaders[best] = lambda: exp.load(run.folder/'model')
     for step,folder in find_snapshots(run.folder/'train'):
         loaders[step] = lambda folder=folder: exp.load(folder)
     return loaders
@@ -45,15 +44,17 @@ def rebuild_path(study:Study, r, each:int=4)->dict:
     exp = study.exp
     recipe = exp.recipe(**run.settings)
     loaders = available_models(study, run, recipe)
-    batch = exp.collate(evenly_spaced(exp.part(study.data[r.task], exp.tasks[r.task], 'dev'), exp.record))
+    dev = exp.part(study.data[r.task], exp.tasks[r.task], 'dev')
+    batch = exp.collate(evenly_spaced(dev, exp.record))
     records = []
     for step in sorted(loaders):
         model = loaders[step]()
         states = collect_states(model, batch, state_paths(model), each, mean=True)
-        at,mean = (torch.stack(list(d.values())).cpu() for d in states)
-        records.append(dict(steps=torch.tensor(step), at=at, mean=mean))
-    path = {k: torch.stack([r[k] for r in records]) for k in records[0]}
-    return {**path, 'total':torch.tensor(recipe.of(run.cell.mode)[1])}
+        at,mean = [torch.stack(list(d.values())).cpu() for d in states]
+        records.append((torch.tensor(step),at,mean))
+    steps,at,mean = map(torch.stack, zip(*records))
+    total = torch.tensor(recipe.of(run.cell.mode)[1])
+    return dict(steps=steps, at=at, mean=mean, total=total)
 
 # %% ../../nbs/08a_trajectories.ipynb #0a8e10f1
 def run_path(study:Study, r)->dict: # steps (s,), at (s, states, positions, d), mean (s, states, samples, d)
@@ -69,13 +70,17 @@ def step_fractions(path:dict)->list:
 def paths_of(studies)->dict:
     "(task, row, seed) -> path, for all runs"
     rows = [(s,r) for s in studies for r in s.results.itertuples()]
-    return {(r.task,r.row,r.seed): run_path(s, r) for s,r in tqdm(rows, disable=None)}
+    paths = {}
+    for study,r in tqdm(rows, disable=None):
+        paths[r.task,r.row,r.seed] = run_path(study, r)
+    return paths
 
 # %% ../../nbs/08a_trajectories.ipynb #2ef23eee
 def cosine_shift(at:Tensor, # (steps, states, positions, d)
                 )->Tensor:  # (steps, states)
     "Mean cosine distance of the states of each step from those of the first step"
-    cosine = torch.cosine_similarity(at.double(), at[:1].double(), dim=-1)
+    at = at.double()
+    cosine = torch.cosine_similarity(at, at[:1], dim=-1)
     return (1-cosine).mean(-1)
 
 def spread(mean:Tensor,  # (states, samples, d)
@@ -84,7 +89,8 @@ def spread(mean:Tensor,  # (states, samples, d)
     u = torch.nn.functional.normalize(mean.double(), dim=-1)
     n = u.shape[1]
     cosines = u@u.transpose(1,2)
-    between = cosines.sum((1,2))-cosines.diagonal(dim1=1, dim2=2).sum(1)
+    own = cosines.diagonal(dim1=1, dim2=2).sum(1)
+    between = cosines.sum((1,2))-own
     return 1-between/(n*(n-1))
 
 # %% ../../nbs/08a_trajectories.ipynb #57a90ad1
@@ -93,13 +99,15 @@ def shifts(paths:dict, studies)->pd.DataFrame:
     kinds = {t: s.kind for s in studies for t in s.data}
     rows = []
     for (task,mode,seed),path in paths.items():
-        shift = cosine_shift(path['at'])
-        yardstick = spread(path['mean'][0])
-        for i,(step,fraction) in enumerate(zip(path['steps'], step_fractions(path))):
-            same = dict(kind=kinds[task], task=task, mode=mode, seed=seed, step=int(step), fraction=fraction)
-            for state in range(shift.shape[1]):
-                measured = dict(shift=shift[i,state].item(), spread=yardstick[state].item())
-                rows.append(dict(**same, state=state, **measured))
+        run = dict(kind=kinds[task], task=task, mode=mode, seed=seed)
+        moved = cosine_shift(path['at']).tolist()
+        yardstick = spread(path['mean'][0]).tolist()
+        fractions = step_fractions(path)
+        for step,fraction,by_state in zip(path['steps'], fractions, moved):
+            at = dict(run, step=int(step), fraction=fraction)
+            for state,shift in enumerate(by_state):
+                measured = dict(shift=shift, spread=yardstick[state])
+                rows.append(dict(at, state=state, **measured))
     return pd.DataFrame(rows)
 
 # %% ../../nbs/08a_trajectories.ipynb #4aff070c
@@ -127,7 +135,9 @@ def draw_mean_shift(ax, shift, titles):
         kind = g.kind.iloc[0]
         mean = g.groupby('step')['shift'].mean()
         look = dict(color=KIND_COLOURS[kind], marker=KIND_MARKERS[kind], ms=3)
-        ax.plot(mean.index, mean, next(styles[kind]), label=f'{title} ({kind})', **look)
+        dash = next(styles[kind])
+        label = f'{title} ({kind})'
+        ax.plot(mean.index, mean, dash, label=label, **look)
 
 def draw_layer_shift(ax, shift):
     "A line for each layer of one task: mean over seeds, with the range"
@@ -136,30 +146,36 @@ def draw_layer_shift(ax, shift):
         over_seeds = g.groupby('step')['shift']
         colour = shade(g.kind.iloc[0], state/top)
         low = over_seeds.min()
-        ax.plot(over_seeds.mean(), color=colour, lw=1.4, marker='o', ms=2, label=str(state))
-        ax.fill_between(low.index, low, over_seeds.max(), color=colour, alpha=.2, lw=0)
+        high = over_seeds.max()
+        look = dict(color=colour, lw=1.4, marker='o', ms=2)
+        ax.plot(over_seeds.mean(), label=str(state), **look)
+        ax.fill_between(low.index, low, high, color=colour, alpha=.2, lw=0)
 
 # %% ../../nbs/08a_trajectories.ipynb #0a8e10f6
 def plot_shift(shift, titles:dict, # task -> title
                mode:str='standard'):
     "Figure 3: cosine distance from the initial states: the mean over layers, then each task by layer"
     shown = shift[shift['mode']==mode]
-    titles = {t: title for t,title in titles.items() if t in set(shown.task)}
+    tasks = set(shown.task)
+    titles = {t: title for t,title in titles.items() if t in tasks}
     fig,axs = panels(['mean',*titles], height=2.7, sharey=True)
     axs = axs[0]
     draw_mean_shift(axs[0], shown, titles)
     axs[0].set_title('mean over layers', fontsize=11)
     legend = dict(frameon=False, labelspacing=.2, columnspacing=1)
+    inside = dict(legend, ncol=2, loc='upper left', handlelength=1.2)
     for ax,(task,title) in zip(axs[1:], titles.items()):
         g = shown[shown.task==task]
         draw_layer_shift(ax, g)
-        ends = ax.lines if len(ax.lines)<10 else [ax.lines[0], ax.lines[-1]]
-        ax.legend(handles=ends, title='layer', ncol=2, loc='upper left', handlelength=1.2, **legend)
+        lines = list(ax.lines)
+        ends = lines if len(lines)<10 else lines[::len(lines)-1] # the first and the last
+        ax.legend(handles=ends, title='layer', **inside)
         ax.set_title(f'{title} ({g.kind.iloc[0]})', fontsize=11)
     for ax in axs: step_axis(ax, shown.step.max())
     for ax in axs[::4]: ax.set_ylabel('cosine distance to step 0')
+    below = dict(legend, ncol=4, loc='outside lower center', handlelength=3.5)
     handles = axs[0].get_legend_handles_labels()
-    fig.legend(*handles, ncol=4, loc='outside lower center', handlelength=3.5, **legend)
+    fig.legend(*handles, **below)
     return fig
 
 # %% ../../nbs/08a_trajectories.ipynb #83f2d3d2
@@ -177,7 +193,8 @@ def how_soon(shift, at=(.01,.02,.05,.1,.25,.5), # fractions of the steps
             reached = np.interp(f, mean.index, mean['shift'])/final
             early[f'at {100*f:g} %'] = reached if f>=first else float('nan')
         yardstick = mean.spread.iloc[-1]
-        rows.append(dict(kind=kind, task=task, **early, final=final, spread=yardstick, ratio=final/yardstick))
+        row = dict(kind=kind, task=task, **early, final=final)
+        rows.append(dict(row, spread=yardstick, ratio=final/yardstick))
     return pd.DataFrame(rows)
 
 # %% ../../nbs/08a_trajectories.ipynb #41b50bca
@@ -189,53 +206,70 @@ def project(paths:list, # of (steps, n) tensors
            )->tuple:    # (steps, 2) arrays, explained variance of each axis as a fraction
     "Project all paths onto their first two principal components; the first path goes right and up from 0"
     x = torch.cat(paths)
-    _,s,v = torch.linalg.svd(x-x.mean(0), full_matrices=False)
+    centred = x-x.mean(0)
+    _,s,v = torch.linalg.svd(centred, full_matrices=False)
+    axes = v[:2].T
     origin = paths[0][0]
-    first = (paths[0]-origin)@v[:2].T
+    points = [(p-origin)@axes for p in paths]
+    first = points[0]
     # the sign of a principal component is arbitrary
-    sign = first.gather(0, first.abs().argmax(0, keepdim=True)).sign()[0]
-    explained = (s[:2]**2/(s**2).sum()).tolist()
-    return [((p-origin)@v[:2].T*sign).numpy() for p in paths],explained
+    furthest = first.abs().argmax(0, keepdim=True)
+    sign = first.gather(0, furthest).sign()[0]
+    variance = s**2
+    explained = variance[:2]/variance.sum()
+    return [(p*sign).numpy() for p in points],explained.tolist()
 
 # %% ../../nbs/08a_trajectories.ipynb #2a82d8ff
 def projected(paths:dict, state:int=-1)->pd.DataFrame:
     "The points of all paths, each task and seed in a plane of its own"
     rows = []
-    for task,seed in dict.fromkeys((t,s) for t,_,s in paths):
+    planes = dict.fromkeys((t,s) for t,_,s in paths)
+    for task,seed in planes:
         of_plane = {m: p for (t,m,s),p in paths.items() if (t,s)==(task,seed)}
-        points,explained = project([vectors(p, state) for p in of_plane.values()])
+        states = [vectors(p, state) for p in of_plane.values()]
+        points,explained = project(states)
         axes = dict(share_x=explained[0], share_y=explained[1])
         for (mode,path),xy in zip(of_plane.items(), points):
+            run = dict(task=task, seed=seed, mode=mode)
             for step,(x,y) in zip(path['steps'], xy):
-                rows.append(dict(task=task, seed=seed, mode=mode, step=int(step), x=x, y=y, **axes))
+                rows.append(dict(run, step=int(step), x=x, y=y, **axes))
     return pd.DataFrame(rows)
 
+# %% ../../nbs/08a_trajectories.ipynb #0a8e1101
 def draw_path(ax, mode, x, y):
     "One path: an open marker at its start, a filled one at its end"
-    teacher = mode=='standard'
-    colour = colour_of(mode)
-    width,alpha = (2.5,.55) if teacher else (1.2,.9)
-    look = dict(color=colour, marker=marker_of(mode))
-    ax.plot(x, y, '-' if len(x)>2 else ':', lw=width, alpha=alpha, ms=3, zorder=1 if teacher else 2, **look)
-    ax.plot(x.iloc[:1], y.iloc[:1], ls='', mfc='white', ms=7, zorder=3, **look)
-    ax.plot(x.iloc[-1:], y.iloc[-1:], ls='', ms=7, zorder=3, label='teacher' if teacher else mode, **look)
+    label = mode
+    line = dict(lw=1.2, alpha=.9, zorder=2)
+    if mode=='standard':
+        label = 'teacher'
+        line = dict(lw=2.5, alpha=.55, zorder=1)
+    dash = '-' if len(x)>2 else ':'
+    look = dict(color=colour_of(mode), marker=marker_of(mode))
+    ax.plot(x, y, dash, ms=3, **line, **look)
+    end = dict(look, ls='', ms=7, zorder=3)
+    xs,ys = x.to_list(),y.to_list()
+    ax.plot(xs[0], ys[0], mfc='white', **end)
+    ax.plot(xs[-1], ys[-1], label=label, **end)
 
 def plot_paths(points, titles:dict, # task -> title
                seed:int=None):      # the first if None
     "Figure 4: paths of teacher and students on their first two principal components, a panel for each task"
-    titles = {t: title for t,title in titles.items() if t in set(points.task)}
+    tasks = set(points.task)
+    titles = {t: title for t,title in titles.items() if t in tasks}
     seed = min(points.seed) if seed is None else seed
     fig,axs = panels(titles, height=2.6)
     for ax,(task,title) in zip(axs[0], titles.items()):
         g = points[(points.task==task) & (points.seed==seed)]
-        for mode,path in g.groupby('mode', sort=False): draw_path(ax, mode, path.x, path.y)
+        for mode,path in g.groupby('mode', sort=False):
+            draw_path(ax, mode, path.x, path.y)
         pc1,pc2 = g[['share_x','share_y']].iloc[0]
         ax.set(xlabel=f'PC 1 ({100*pc1:.0f} % of variance)', ylabel=f'PC 2 ({100*pc2:.0f} %)')
         ax.set(xticks=[], yticks=[])
         ax.set_title(title, fontsize=11)
     handles = axs[0][0].get_legend_handles_labels()
     title = 'filled: end of the path, open: start'
-    fig.legend(*handles, ncol=6, loc='outside lower center', frameon=False, title=title)
+    below = dict(ncol=6, loc='outside lower center', frameon=False)
+    fig.legend(*handles, title=title, **below)
     return fig
 
 # %% ../../nbs/08a_trajectories.ipynb #fa66b709
@@ -246,15 +280,19 @@ def along_and_off(path:Tensor, # (steps, n)
     d = b-a
     x = path-a
     along = x@d/(d@d)
-    return along,(x-along[:,None]*d).norm(dim=1)/d.norm()
+    rest = x-along[:,None]*d
+    return along,rest.norm(dim=1)/d.norm()
 
 def progress(paths:dict, state:int=-1)->pd.DataFrame:
     "`along_and_off` of all paths, from the source to the fine-tuned teacher of the same task and seed"
     rows = []
     for (task,mode,seed),path in paths.items():
         teacher = vectors(paths[task,'standard',seed], state)
-        along,off = along_and_off(vectors(path, state), teacher[0], teacher[-1])
-        for step,f,a,o in zip(path['steps'], step_fractions(path), along, off):
-            place = dict(fraction=f, along=a.item(), off=o.item())
-            rows.append(dict(task=task, mode=mode, seed=seed, step=int(step), **place))
+        own = vectors(path, state)
+        along,off = along_and_off(own, teacher[0], teacher[-1])
+        run = dict(task=task, mode=mode, seed=seed)
+        points = zip(path['steps'], step_fractions(path), along.tolist(), off.tolist())
+        for step,f,a,o in points:
+            place = dict(fraction=f, along=a, off=o)
+            rows.append(dict(run, step=int(step), **place))
     return pd.DataFrame(rows)
