@@ -35,7 +35,7 @@ def test_speech_writes_tables_figures_and_provenance_and_trains_once(store, monk
     assert set(df['mode'])=={'standard','hybrid'} and set(df.metric)=={'WER','CER'} and (df.n==1).all() and df['mean'].notna().all()
     prov = json.loads((out/'table3.json').read_text())
     assert prov['scale']==['smoke'] and prov['seeds']==[0] and {'commit','environment','device','seconds','csv_sha256'} <= prov.keys()
-    assert prov['made_from']['modules']['paper.table3']==module_hash('paper.table3')
+    assert prov['made_from']['cald.paper.table3']==module_hash('paper.table3')
     assert re.search(r'table3 .*fresh +smoke', cald('status', '--out', str(out)))
     assert {p.name for p in out.iterdir()}=={f'table3{n}.{e}' for n,es in {'':('csv','md','json'), '_modes':('csv','png','pdf','json'), '_curves':('csv','png','pdf','json')}.items() for e in es}
     trained = results(store)

@@ -73,13 +73,11 @@ def test_notebook_names_its_kernel_and_cells(f):
     names = [c['id'] for c in nb['cells']]
     assert len(set(names))==len(names) and all(re.fullmatch(r'[\w-]{1,64}', n) for n in names)
 
-LONG_LINES = {'09_status', '09a_compare', '09c_reproduce'} # yet to be cut
-
 @pytest.mark.parametrize('f', nbs, **ids)
 def test_notebook_reads_well(f):
     code = [source(c) for c in cells(f, 'code')]
     assert not [s[:60] for s in code if s.count('\n')>=40], 'a cell of more than 40 lines'
-    assert f.stem in LONG_LINES or not [l for s in code for l in s.split('\n') if len(l)>110], 'a line of more than 110 characters'
+    assert not [l for s in code for l in s.split('\n') if len(l)>110], 'a line of more than 110 characters'
     hidden = [s for s in code if re.match(r'#\|\s*hide\b', s)]
     assert len(hidden)<=1, 'more than one code cell is hidden: audits belong in tests/'
     assert not any(re.search(r'\bshow_doc\b', s) for s in code)

@@ -258,7 +258,7 @@ def parser()->argparse.ArgumentParser:
     sub['accept'].add_argument('names', nargs='+', help='tables and figures (see status), or a group')
     sub['accept'].add_argument('--because', required=True, help='why the change cannot alter their numbers')
     add = sub['reproduce'].add_argument
-    add('names', nargs='*', default=['all'], help='tables and figures (see status), or a group: all, questions, more')
+    add('names', nargs='*', default=['all'], help='results (see status), or a group: all, questions, more')
     add('--scale', default='demo', help='smoke, demo (the default) or paper')
     add('--seeds', type=int, default=3, help='trainings of each cell (default: 3)')
     add('--publish', action='store_true', help='write to paper_figures/ instead of runs/SCALE/')

@@ -95,7 +95,8 @@ def card(run)->str:
         source=Path(c.source).name, mixer=c.mixer, mode=c.mode, task=c.task, scale=c.scale, seed=c.seed,
         results=table(record['result'], 'metric', 'value'), settings=table(run.settings, 'setting', 'value'),
         seconds=record['seconds'], memory=round(record['peak_memory_mb'] or 0) or 'unknown',
-        device=session['device'], key=run.key[:12], data=run.data[:12], commit=commit, limits=_limits[c.scale])
+        device=session['device'], key=run.key[:12], data=run.data[:12], commit=commit,
+        limits=_limits[c.scale])
 
 def write_cards(store=None)->list:
     "Write the card of every converted model in `store` next to its weights; the paths of changed cards"

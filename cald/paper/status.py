@@ -72,6 +72,7 @@ def select(names=('all',), artefacts=None)->list:
     return ordered
 
 # %% ../../nbs/09_status.ipynb #83d58c74
+@once_per_state
 def code_cells(path)->list: # of (source, tags)
     "The code cells of notebook `path`; magic commands become calls"
     transform = TransformerManager().transform_cell

@@ -63,8 +63,8 @@ SOURCES = dict(demo='gpt_neox-demo', paper='EleutherAI/pythia-1b')
 
 # %% ../../nbs/07_lm.ipynb #53967a3c
 _random = dict(mode='unguided', init='source', random_student=True)
-_modules = ('ops ops_cpp mixers models convert ablation pretrained resume hidden_states losses guidance '
-            'trainer distill lab.recipe lab.experiment data.tokens tasks.lm paper.table2')
+_modules = ('ops scan_source ops_cpp mixers models convert ablation pretrained resume hidden_states losses '
+            'guidance trainer distill lab.recipe lab.experiment data.tokens tasks.lm paper.table2')
 
 class Lm(Experiment):
     "Table 2: GPT-NeoX and its Mamba students"
