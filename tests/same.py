@@ -18,7 +18,9 @@ def without_times(row): return {k: v for k,v in row.items() if k not in TIMES}
 
 def run_notebook(tree, name, work):
     "Run notebook `name` of checkout `tree` at scale smoke, with all its files below `work`"
-    path = next(p for n in (name, BEFORE.get(name, name)) if (p := tree/'nbs'/f'{n}.ipynb').exists())
+    paths = [tree/'nbs'/f'{n}.ipynb' for n in (name, BEFORE.get(name, name))]
+    path = next((p for p in paths if p.exists()), None)
+    if not path: sys.exit(f'{tree} has no nbs/{name}.ipynb: give names without ending, such as 05_speech')
     print(f'{tree}: {path.name}', flush=True)
     env = {**os.environ, 'PYTHONPATH':str(tree), 'CALD_CACHE':str(work/'cache'), 'HF_HUB_OFFLINE':'1',
            'OMP_NUM_THREADS':'1'}
