@@ -75,7 +75,7 @@ def estimate_minutes(a, scale:str, seeds:int, workers:int):
 def format_minutes(m)->str:
     if m is None: return 'time unknown'
     if m<1: return 'less than a minute'
-    return f'at most {m/60:.1f} hours' if m>90 else f'at most {m:.0f} minutes'
+    return f'{m/60:.1f} hours' if m>90 else f'{m:.0f} minutes'
 
 # %% ../../nbs/09c_reproduce.ipynb #0ab282df
 def print_plan(todo, scale, seeds, workers)->list:
@@ -89,7 +89,7 @@ def print_plan(todo, scale, seeds, workers)->list:
         total += minutes or 0
         print(f"  {' '.join(a.name for a in job):8} {format_minutes(minutes)} ({why[job[0].name]})")
     where = 'on one GPU' if scale=='paper' else f'with {workers} trainings at a time'
-    if planned: print(f'Notebooks to run: {len(planned)}; {format_minutes(total)} {where}')
+    if planned: print(f'Notebooks to run: {len(planned)}; {format_minutes(total)} at most, {where}')
     return planned
 
 # %% ../../nbs/09c_reproduce.ipynb #4e410ca5
@@ -119,7 +119,7 @@ def run_notebook(path, to, params:dict):
     try:
         with print_new_lines(runs_folder()/'progress.log'):
             papermill.execute_notebook(str(path), str(to), params, kernel_name='python3', progress_bar=False,
-                                       extra_arguments=['--log-level=40']) # of the kernel: errors only
+                                       extra_arguments=['--log-level=50']) # a quiet kernel
     except papermill.PapermillExecutionError as e:
         message = re.sub(r'\x1b\[[\d;]*m', '', f'{e.ename}: {e.evalue}')
         raise RuntimeError(f'{to.stem} failed ({path.name}): {message}\nThe traceback is in {to}') from None
@@ -184,7 +184,7 @@ def reproduce(names=('all',), scale='demo', seeds=3, publish=False, retrain=Fals
             print(f'[{i}/{len(work)}] {names}: nbs/{job[0].notebook}.ipynb', flush=True)
             start = time.monotonic()
             run_job(job, folder, **options)
-            print(f'    done in {(time.monotonic()-start)/60:.1f} minutes', flush=True)
+            print(f'    done in {format_minutes((time.monotonic()-start)/60)}', flush=True)
         print(f'Model cards written: {len(write_cards())}')
     return folder
 
