@@ -22,16 +22,19 @@ def printed(cell):
 
 number = re.compile(r'(?<![\w.])-?(?:\d+\.\d+(?:e[-+]?\d+)?|\d+e[-+]?\d+)(?!\w)')
 
-def same(a:str, b:str)->bool:
-    "Are two outputs the same? Decimals may differ: processors round differently, and training amplifies it"
+# Notebooks that show numbers of trained models: training amplifies the rounding of another processor
+TRAINED = {'02_guidance', '03_distill'}
+
+def same(a:str, b:str, rel_tol=.02, abs_tol=2e-4)->bool:
+    "Are two outputs the same, decimals up to the rounding of another processor?"
     if number.sub('#', a).split()!=number.sub('#', b).split(): return False
     pairs = zip(map(float, number.findall(a)), map(float, number.findall(b)))
-    return all(math.isclose(x, y, rel_tol=.25, abs_tol=.02) for x,y in pairs)
+    return all(math.isclose(x, y, rel_tol=rel_tol, abs_tol=abs_tol) for x,y in pairs)
 
-def stale(stored, new):
+def stale(stored, new, **tolerance):
     "The cells whose stored output differs from the new one: (number, stored, new)"
     pairs = [(i, printed(a), printed(b)) for i,(a,b) in enumerate(zip(stored, new)) if not is_slow(a)]
-    return [(i, a, b) for i,a,b in pairs if not same(a, b)]
+    return [(i, a, b) for i,a,b in pairs if not same(a, b, **tolerance)]
 
 notebooks = sorted((root/'nbs').glob('*.ipynb'))
 
@@ -45,13 +48,14 @@ def test_stored_outputs_are_true(path, monkeypatch, tmp_path):
     new = nbformat.from_dict(json.loads(json.dumps(stored)))
     for cell in filter(is_slow, new.cells): cell['source'] = ''
     NotebookClient(new, timeout=900, kernel_name='python3', resources=dict(metadata=dict(path=str(path.parent)))).execute()
-    wrong = stale(stored.cells, new.cells)
+    tolerance = dict(rel_tol=.25, abs_tol=.02) if path.stem in TRAINED else {}
+    wrong = stale(stored.cells, new.cells, **tolerance)
     assert not wrong, '\n'.join(f'cell {i}, stored:\n{a}\nnew:\n{b}' for i,a,b in wrong)
 
 def test_a_stale_output_is_noticed():
     def cell(text): return dict(cell_type='code', source='x', outputs=[dict(output_type='stream', text=text)])
     assert not stale([cell('loss 0.512')], [cell('loss 0.513')])
-    assert len(stale([cell('loss 0.512')], [cell('loss 0.812')]))==1
+    assert len(stale([cell('loss 0.512')], [cell('loss 0.612')]))==1
     assert len(stale([cell("['dev','test']")], [cell("['dev']")]))==1
     assert len(stale([cell('3 rows')], [cell('4 rows')]))==1
     assert len(stale([cell('fresh')], [cell('')]))==1
