@@ -209,7 +209,9 @@ def sample_positions(mask:Tensor, # (batch, length), True at valid positions
     for i,row in enumerate(mask):
         valid = row.nonzero()[:,0]
         n = len(valid)
-        if n: valid = valid[torch.linspace(0, n-1, min(each, n), device=valid.device).round().long()]
+        if n:
+            spaced = torch.linspace(0, n-1, min(each, n), device=valid.device)
+            valid = valid[spaced.round().long()]
         samples.append(torch.full_like(valid, i))
         positions.append(valid)
     return torch.cat(samples),torch.cat(positions)
@@ -238,13 +240,14 @@ def collect_states(model,
     picked = {p: h[at].float() for p,h in taps.states.items()}
     if not mean: return picked
     counts = mask.sum(1).clamp(min=1)[:,None]
-    means = {p: (h.float()*mask[...,None]).sum(1)/counts for p,h in taps.states.items()}
-    return picked,means
+    def mean_state(h): return (h.float()*mask[...,None]).sum(1)/counts
+    return picked,{p: mean_state(h) for p,h in taps.states.items()}
 
 # %% ../nbs/01d_hidden_states.ipynb #eb5ad586
 def record_steps(total:int, n:int=20)->list:
     "Return 0 and about `n` steps up to `total`, spaced geometrically"
-    return sorted({0, total, *(round(total**(i/(n-1))) for i in range(n))})
+    spaced = [round(total**(i/(n-1))) for i in range(n)]
+    return sorted({0, total, *spaced})
 
 # %% ../nbs/01d_hidden_states.ipynb #d8c1b2da
 def read_record(file)->dict:

@@ -76,7 +76,8 @@ class LinformerReplacement(Replacement):
 
     def mix(self, x, mask):
         heads = (self.config.num_attention_heads, -1)
-        q,k,v = [getattr(self, name)(x).unflatten(-1, heads).transpose(1,2) for name in self.names[:3]]
+        projected = [getattr(self, name)(x) for name in self.names[:3]]
+        q,k,v = [t.unflatten(-1, heads).transpose(1,2) for t in projected]
         E,F = self.mixer(x.shape[1])
         dropout = self.dropout if self.training else 0.
         y = linformer_attention(q, k, v, E, F, mask, dropout=dropout).transpose(1,2).flatten(2)

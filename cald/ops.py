@@ -79,7 +79,8 @@ def chunk_layout(length:int, chunk:int)->tuple: # number of chunks, size of each
 
 def reshape_into_chunks(t:Tensor, m:int, q:int)->Tensor: # (batch, length, ...) -> (batch, m, q, ...)
     "Cut `t` into `m` chunks of `q` positions, padded with zeros at the end"
-    if m*q>t.shape[1]: t = F.pad(t, (0,0)*(t.ndim-2) + (0,m*q-t.shape[1]))
+    missing = m*q-t.shape[1]
+    if missing>0: t = F.pad(t, (0,0)*(t.ndim-2) + (0,missing))
     return t.unflatten(1, (m,q))
 
 # %% ../nbs/00_ops.ipynb #1fb1e0ad
@@ -99,7 +100,8 @@ def chunk_states(xdt:Tensor, B:Tensor, # as in `intra_chunk_output`
     "The state that each chunk adds by its own inputs"
     after = F.pad(a[...,1:], (0,1)).flip(-1).cumsum(-1).flip(-1) # sum of `a` after each position
     decayed = xdt * after.exp().transpose(1,2)[...,None]
-    return B.mT @ decayed.reshape(len(B), B.shape[2], B.shape[1], -1).transpose(1,2)
+    groups,q = B.shape[1:3]
+    return B.mT @ decayed.reshape(len(B), q, groups, -1).transpose(1,2)
 
 # %% ../nbs/00_ops.ipynb #b7b5bf61
 def pass_states(Z:Tensor,      # (batch, m, ...): state that each chunk adds
@@ -128,7 +130,8 @@ def ssd_chunked(x, dt, A, B, C, D=None, state=None, # as in `ssd_recurrence`
     b,l,h,p = x.shape
     g,n = B.shape[2:]
     m,q = chunk_layout(l, chunk)
-    xdt,a,B,C = (reshape_into_chunks(t, m, q).flatten(0,1) for t in (x*dt[...,None], dt*A, B, C))
+    inputs = (x*dt[...,None], dt*A, B, C)
+    xdt,a,B,C = (reshape_into_chunks(t, m, q).flatten(0,1) for t in inputs)
     B,C,a = (t.transpose(1,2) for t in (B,C,a))
     cum = a.cumsum(-1)
     y = intra_chunk_output(xdt, B, C, cum)
@@ -137,7 +140,9 @@ def ssd_chunked(x, dt, A, B, C, D=None, state=None, # as in `ssd_recurrence`
         decay = cum[...,-1].exp().view(b, m, g, 1, -1, 1)
         S = None if state is None else state.view(b, g, -1, p, n).permute(0,1,4,2,3)
         starts,S = pass_states(Z, decay, S)
-        if m>1 or state is not None: y = y + inter_chunk_output(starts.view(b*m, g, n, -1), C, cum)
+        if m>1 or state is not None:
+            starts = starts.view(b*m, g, n, -1)
+            y = y + inter_chunk_output(starts, C, cum)
         state = S.permute(0,1,3,4,2).reshape(b, h, p, n)
     y = y.reshape(b, m*q, h, p)[:,:l]
     if D is not None: y = torch.addcmul(y, x, D[:,None])
@@ -232,7 +237,9 @@ def causal_conv(x:Tensor,      # (batch, length, channels)
     one_step = state is not None and x.shape[1]==1
     x = F.pad(x, (0,0,before,0)) if state is None else torch.cat([state.to(x.dtype), x], 1)
     if one_step: y = depthwise_step(x, weight, bias)
-    else: y = F.conv2d(x.mT[:,:,None], weight[:,:,None], bias, groups=weight.shape[0])[:,:,0].mT
+    else:
+        y = F.conv2d(x.mT[:,:,None], weight[:,:,None], bias, groups=len(weight))
+        y = y[:,:,0].mT
     return y,last_inputs(x, before, mask)
 
 # %% ../nbs/00_ops.ipynb #11901a12

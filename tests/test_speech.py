@@ -115,12 +115,12 @@ def test_a_helper_trains_cells_of_the_same_grid(data, tmp_path, monkeypatch):
     home,source,corpora = data
     monkeypatch.setenv('PYTHONPATH', str(Path(__file__).parents[1]))
     store = Store(tmp_path, exp.modules)
-    reads = dict(tasks=['asr'], source=source, cache=str(home/'cache'), data=str(home/'manifest.tsv'), scale='smoke')
-    what = dict(tasks=['asr'], modes=['target','unguided'], seeds=[0,1], source=source, scale='smoke', steps=2)
-    with helper_processes(1, 'cald.lab.experiment:train_as_helper', tmp_path, experiment='cald.paper.table3:Speech', reads=reads, what=what, runs=str(tmp_path)) as procs:
+    data_args = dict(tasks=['asr'], source=source, cache=str(home/'cache'), data=str(home/'manifest.tsv'), scale='smoke')
+    grid_args = dict(tasks=['asr'], modes=['target','unguided'], seeds=[0,1], source=source, scale='smoke', steps=2)
+    with helper_processes(1, 'cald.lab.experiment:train_as_helper', tmp_path, experiment='cald.paper.table3:Speech', data_args=data_args, grid_args=grid_args, runs=str(tmp_path)) as procs:
         procs[0].wait(timeout=240)                       # here it does all of the work
     assert procs[0].returncode==0, (tmp_path/'helper-1.log').read_text()
-    results = exp.train(reads, what, corpora, store)
+    results = exp.train(data_args, grid_args, corpora, store)
     assert len(results)==6 and all(len(r.sessions)==1 for r in store.runs())
     assert {s['pid'] for r in store.runs() for s in r.sessions}=={procs[0].pid}
 

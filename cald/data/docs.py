@@ -66,7 +66,8 @@ def source_files(package:str)->list: # (name, path)
     if not installed(package): return []
     dist = importlib.metadata.distribution(package)
     names = sorted(f.as_posix() for f in dist.files or [])
-    return [(f, Path(dist.locate_file(f))) for f in names if f.endswith('.py') and not LEFT_OUT.search(f)]
+    kept = [f for f in names if f.endswith('.py') and not LEFT_OUT.search(f)]
+    return [(f, Path(dist.locate_file(f))) for f in kept]
 
 # %% ../../nbs/04b_docs.ipynb #8ebbfe0b
 class Fresh:

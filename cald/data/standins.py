@@ -61,7 +61,8 @@ def in_or_out(docs:pd.DataFrame, seed:int=0)->pd.DataFrame:
     for (_,split),g in df.groupby(['package','split'], sort=False):
         inputs = rng.permutation(g.text[g.role=='param'].to_numpy())
         outputs = rng.permutation(g.text[g.role=='return'].to_numpy())
-        groups += [[(x,None,'input',split),(y,None,'output',split)] for x,y in zip(inputs, outputs)]
+        for x,y in zip(inputs, outputs):
+            groups.append([(x,None,'input',split), (y,None,'output',split)])
     return group_frame(groups)
 
 # %% ../../nbs/04c_standins.ipynb #38ce0681
@@ -71,7 +72,8 @@ def question(summary:str)->str:
 
 def stems(text:str)->set:
     "The first six letters of the longer words of `text`"
-    return {w.lower()[:6] for w in words(text) if len(w)>3 and w.lower() not in COMMON}
+    lower = [w.lower() for w in words(text)]
+    return {w[:6] for w in lower if len(w)>3 and w not in COMMON}
 
 def body_sentences(docs:pd.DataFrame, low:int=6, high:int=45)->pd.DataFrame:
     "The sentences of `low` to `high` words in the passages of role 'text', one a row, without duplicates"
@@ -104,7 +106,8 @@ def about_the_question(docs:pd.DataFrame, each:int=2, # most sentences of one do
         for i,j in zip(order[::2], order[1::2]):
             p,p_sentences = found[i]
             q,q_sentences = found[j]
-            groups += [[(p,s,*yes),(q,t,*yes),(p,t,*no),(q,s,*no)] for s,t in zip(p_sentences, q_sentences)]
+            for s,t in zip(p_sentences, q_sentences):
+                groups.append([(p,s,*yes), (q,t,*yes), (p,t,*no), (q,s,*no)])
     return group_frame(groups)
 
 # %% ../../nbs/04c_standins.ipynb #5c89aadf
@@ -133,7 +136,8 @@ def other_name(pair, S, names, used:set)->int:
     gap = np.abs(S-s/3)
     nearest = np.argpartition(gap, min(50, len(gap)-1))[:50]
     for q in nearest[np.lexsort((nearest, gap[nearest]))][:8]:
-        if names[i] not in names[q] and names[q] not in names[i] and (i,q) not in used: return q
+        related = names[i] in names[q] or names[q] in names[i]
+        if not related and (i,q) not in used: return q
     return -1
 
 # %% ../../nbs/04c_standins.ipynb #d4abb800
@@ -180,7 +184,9 @@ def same_parameter(docs:pd.DataFrame, low:float=.15, high:float=.75, # similarit
         pairs = name_pairs(X, code, g.file.to_numpy(), rng, low, high, cap)
         pairs = [pairs[k] for k in rng.permutation(len(pairs))[:most]]
         for (i,j),q in with_other_names(pairs, X, code, names):
-            groups.append([(texts[i],texts[j],'duplicate',split), (texts[i],texts[q],'different',split)])
+            same = (texts[i],texts[j],'duplicate',split)
+            different = (texts[i],texts[q],'different',split)
+            groups.append([same, different])
     return group_frame(groups)
 
 # %% ../../nbs/04c_standins.ipynb #0afd8583
@@ -234,7 +240,8 @@ def one_or_many(docs:pd.DataFrame, low:int=100, high:int=200, # words
         a = texts.get((split,True), [])
         b = texts.get((split,False), [])
         order = zip(rng.permutation(len(a)), rng.permutation(len(b)))
-        groups += [[(a[i],None,'class',split),(b[j],None,'functions',split)] for i,j in order]
+        for i,j in order:
+            groups.append([(a[i],None,'class',split), (b[j],None,'functions',split)])
     return group_frame(groups)
 
 # %% ../../nbs/04c_standins.ipynb #0ac01a58
@@ -246,7 +253,8 @@ SMOKE_SIZES = dict(train=64, dev=12, test=16)
 def stand_in(task:str, docs:pd.DataFrame, sizes:dict=STANDIN_SIZES, seed:int=0)->pd.DataFrame:
     "The stand-in for `task` from the passages `docs`: balanced, disjoint by file, at most `sizes` examples"
     df = STAND_INS[check_name(task, STAND_INS, 'task')](docs, seed=seed)
-    df = pd.concat([take(df[df.split==s], n, seed) for s,n in sizes.items()], ignore_index=True)
+    parts = [take(df[df.split==s], n, seed) for s,n in sizes.items()]
+    df = pd.concat(parts, ignore_index=True)
     missing = [s for s in sizes if s not in set(df.split)]
     if missing:
         raise ValueError(f'the stand-in for {task} has no examples of the split {missing[0]!r}: '

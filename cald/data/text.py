@@ -258,7 +258,8 @@ def limit_rows(df:pd.DataFrame, max_train:int=None, max_eval:int=None, seed:int=
     keep = []
     for split,g in df.groupby('split', sort=False):
         n = max_train if split=='train' else max_eval
-        keep.append(g.index if n is None or n>=len(g) else g.index[stratified(g.label, n, seed)])
+        if n is not None and n<len(g): g = g.iloc[stratified(g.label, n, seed)]
+        keep.append(g.index)
     df = df.loc[np.sort(np.concatenate(keep))]
     lost = set(df.label)-set(df.label[df.split=='train'])
     if max_train and lost:

@@ -195,13 +195,12 @@ class Tokens:
         have = int(self.offsets[-1])
         expected = int(self.starts[-1])+int(self.lengths[-1])*self.dtype.itemsize
         last = self.files[-1]
-        index = self.index.name
         if have>expected:
-            raise DataError(f'{last}: {have} bytes of tokens, but {index} says {expected}: '
+            raise DataError(f'{last}: {have} bytes of tokens, but {self.index.name} says {expected}: '
                             'they do not belong together')
         if have==expected: return self.total
         if complete:
-            raise DataError(f'{last}: truncated, {have} bytes of tokens where {index} says {expected}')
+            raise DataError(f'{last}: truncated, {have} bytes of tokens where {self.index.name} says {expected}')
         started = int(np.searchsorted(self.starts, have, 'right'))
         if started<2: raise DataError(f'{last}: not one whole sequence')
         return started-1 # the last one may be cut
@@ -213,8 +212,10 @@ class Tokens:
         i = i%self.n
         start = int(self.starts[i])
         end = start+int(self.lengths[i])*self.dtype.itemsize
-        files = zip(self.maps, self.offsets)
-        pieces = [m[max(start-o, 0):max(end-o, 0)].tobytes() for m,o in files if start<o+len(m) and end>o]
+        pieces = []
+        for file,offset in zip(self.maps, self.offsets): # a slice beyond a file is empty
+            within = slice(max(start-offset, 0), max(end-offset, 0))
+            pieces.append(file[within].tobytes())
         return np.frombuffer(b''.join(pieces), self.dtype)
 
     def __repr__(self):

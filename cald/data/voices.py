@@ -19,6 +19,7 @@ import sys
 import threading
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import cycle
 from math import gcd
 from pathlib import Path
 
@@ -137,7 +138,8 @@ VARIANTS = {k:v.split('|') for k,v in dict(
 
 def make_voices(part:str)->list:
     "The voices of `part`: its variants with accents and base pitches in turn"
-    return [Voice(ACCENTS[i%len(ACCENTS)], v, PITCHES[i%len(PITCHES)]) for i,v in enumerate(VARIANTS[part])]
+    voices = zip(cycle(ACCENTS), VARIANTS[part], cycle(PITCHES))
+    return [Voice(*v) for v in voices]
 
 VOICES = {part:make_voices(part) for part in VARIANTS}
 
@@ -158,7 +160,8 @@ def noise(n:int, colour:float, # the spectrum falls as 1/f^colour: 0 white, 1 pi
           rng:np.random.Generator)->np.ndarray:
     "`n` samples of noise with unit power"
     m = next_fast_len(n, real=True)
-    spectrum = rfft(rng.standard_normal(m))*np.maximum(rfftfreq(m, 1/SAMPLE_RATE), 40.)**(-colour/2)
+    frequency = np.maximum(rfftfreq(m, 1/SAMPLE_RATE), 40.)
+    spectrum = rfft(rng.standard_normal(m))*frequency**(-colour/2)
     x = irfft(spectrum, m)[:n]
     return x/np.sqrt((x**2).mean())
 
@@ -204,7 +207,8 @@ def record(wave:np.ndarray, # (samples,) speech
     if room.reverb: x = add_echo(x, room.reverb, rng)
     if room.tilt: x = lfilter([1,-room.tilt], [1], x)
     if room.snr==room.snr: # not nan
-        x = x + noise(len(x), room.colour, rng)*np.sqrt((x**2).mean())*10**(-room.snr/20)
+        loudness = np.sqrt((x**2).mean())
+        x = x + noise(len(x), room.colour, rng)*loudness*10**(-room.snr/20)
     peak = max(np.abs(x).max(), 1e-9)
     return (x*(.95*10**(room.gain/20)/peak)).astype(np.float32)
 
@@ -273,7 +277,8 @@ def run_jobs(jobs:list,    # arguments of `write_shard`
     results = [None]*len(jobs)
     errors = []
     args = (__file__, jobs, todo, results, errors)
-    threads = [threading.Thread(target=serve, args=args, daemon=True) for _ in range(min(workers, len(jobs)))]
+    n = min(workers, len(jobs))
+    threads = [threading.Thread(target=serve, args=args, daemon=True) for _ in range(n)]
     for t in threads: t.start()
     try:
         for t in threads: t.join()

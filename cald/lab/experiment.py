@@ -177,25 +177,27 @@ def train_cells(self:Experiment, cells, data:dict, store, retrain:bool=False, wo
     return train_missing(cells, train, store, hashes, retrain=retrain, after=first, workers=workers)
 
 def train_as_helper(experiment:str, # 'module:class'
-                    reads:dict, what:dict, runs, retrain:bool=False, workers:int=1):
+                    data_args:dict, grid_args:dict, runs, retrain:bool=False, workers:int=1):
     "The work of a helper process: train those cells of the grid that no other process trains"
     module,name = experiment.split(':')
     exp = getattr(importlib.import_module(module), name)()
-    cells = [c for _,c in exp.grid(**what)]
-    exp.train_cells(cells, exp.read(**reads), Store(runs, exp.modules), retrain, workers)
+    cells = [c for _,c in exp.grid(**grid_args)]
+    exp.train_cells(cells, exp.read(**data_args), Store(runs, exp.modules), retrain, workers)
 
 @patch
-def train(self:Experiment, reads:dict, # arguments of `read`
-          what:dict,                   # arguments of `grid`
-          data:dict,                   # `read(**reads)`
+def train(self:Experiment,
+          data_args:dict, # arguments of `read`
+          grid_args:dict, # arguments of `grid`
+          data:dict,      # `read(**data_args)`
           store, retrain:bool=False, workers:int=1)->pd.DataFrame: # with the column `row`
     "Train the missing runs of a grid in `workers` processes, and return all results"
-    rows,cells = zip(*self.grid(**what))
+    rows,cells = zip(*self.grid(**grid_args))
     missing = sum(not store.run(c, data[c.task].hash).done for c in cells)
     n = max(1, min(workers, missing))
     module = type(self).__module__
     if module=='__main__': module = self.modules[-1] # the module that the notebook exports
-    work = dict(experiment=f'{module}:{type(self).__name__}', reads=reads, what=what, runs=str(store.root))
+    name = f'{module}:{type(self).__name__}'
+    work = dict(experiment=name, data_args=data_args, grid_args=grid_args, runs=str(store.root))
     helper = 'cald.lab.experiment:train_as_helper'
     with helper_processes(n-1, helper, store.root, **work, retrain=retrain, workers=n):
         return self.train_cells(cells, data, store, retrain, n).assign(row=rows)

@@ -78,8 +78,8 @@ def guidance_for(mode:str, r:Recipe,
     kw = dict(loss=loss, train_mode=r.teacher_train)
     if mode in ('standard','unguided'): return Unguided()
     if mode=='trajectory':
-        own = dict(lr=r.lr, warmup=r.warmup, clip=1., weight_decay=r.weight_decay)
-        return Trajectory(source, **{**own, 'task_loss':task_loss, 'loss':loss, **trajectory})
+        recipe = dict(lr=r.lr, warmup=r.warmup, clip=1., weight_decay=r.weight_decay)
+        return Trajectory(source, **{**recipe, 'task_loss':task_loss, 'loss':loss, **trajectory})
     if mode=='waypoint':
         cycle = None if r.steps_student in (0,r.steps) else 'equal'
         return Waypoint(snapshots, load=load, cycle=cycle, **kw)
@@ -108,7 +108,9 @@ class TableDistiller(Distiller):
         w = self.args.warmup_steps
         n = num_training_steps
         log_floor = math.log(self.floor)
-        def rate(i): return i/w if i<w else math.exp(log_floor*min(1, (i-w)/max(n-w, 1)))
+        def rate(i):
+            if i<w: return i/w
+            return math.exp(log_floor*min(1, (i-w)/max(n-w, 1)))
         self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, rate)
         return self.lr_scheduler
 

@@ -33,7 +33,8 @@ def mean_ci(values)->Interval:
     x = pd.Series(list(values), dtype=float)
     n = len(x)
     m = float(x.mean(skipna=False))
-    half = stats.t.ppf(.975, n-1)*x.std(ddof=1, skipna=False)/n**.5 if n>1 else math.nan
+    half = math.nan
+    if n>1: half = stats.t.ppf(.975, n-1)*x.std(ddof=1, skipna=False)/n**.5
     return Interval(m, float(m-half), float(m+half), n)
 
 # %% ../../nbs/03d_results.ipynb #9ac69aee
@@ -157,12 +158,12 @@ def write_figure(name, fig, df, results, out, params=None, force=False)->list:
     return write_result(name, df, files, results, out, params, force)
 
 # %% ../../nbs/03d_results.ipynb #fdacd8dd
-def result_name(table:str, own, # the user's data, if any
+def result_name(table:str, user_data, # True or a path: 'own' is a part of the name
                 source:str, known, # checkpoints that the name does not mention
                 scale:str, changed)->str: # other settings, if any
     "`table`, plus 'own', the source and 'changed' where they apply"
     named = source not in known and scale!='smoke'
-    words = {'own':own, Path(source).name:named, 'changed':changed}
+    words = {'own':user_data, Path(source).name:named, 'changed':changed}
     return '_'.join([table, *(word for word,applies in words.items() if applies)])
 
 def join_names(names:list)->str:

@@ -43,7 +43,8 @@ class Sums:
         y = y-self.origin[1]
         k = x.pow(2).sum(1)
         l = y.pow(2).sum(1)
-        batch = dict(C=x.T@y, x=x.sum(0), y=y.sum(0), k=k.sum(), l=l.sum(), kl=k@l, lx=l@x, ky=k@y)
+        batch = dict(C=x.T@y, x=x.sum(0), y=y.sum(0))
+        batch |= dict(k=k.sum(), l=l.sum(), kl=k@l, lx=l@x, ky=k@y)
         for name,v in batch.items(): setattr(self, name, getattr(self, name, 0)+v)
         self.n += len(x)
 
@@ -55,7 +56,8 @@ class Sums:
         trace = self.C.pow(2).sum()-self.kl
         sums = (self.x@self.x-self.k)*(self.y@self.y-self.l)
         product = self.x@self.C@self.y-self.x@self.lx-self.y@self.ky+self.kl
-        return ((trace + sums/((n-1)*(n-2)) - 2*product/(n-2))/(n*(n-3))).item()
+        total = trace + sums/((n-1)*(n-2)) - 2*product/(n-2)
+        return (total/(n*(n-3))).item()
 
     def centred(self)->Tensor: # (d_x, d_y)
         "The product of the centred features"
@@ -159,8 +161,9 @@ def matched(res:CKA)->pd.DataFrame:
     "CKA, SVCCA and PWCCA of the stages that both models have: one row each, in their order"
     rows = []
     for a in [b for side,a,b in res.pairs if side=='xy' and a==b]:
-        three = res.pairs['x',a,a],res.pairs['xy',a,a],res.pairs['y',a,a]
-        rows.append(dict(stage=a, cka=res.between(a, a), svcca=svcca(*three), pwcca=pwcca(*three)))
+        products = [res.pairs[kind,a,a] for kind in ('x','xy','y')]
+        scores = dict(svcca=svcca(*products), pwcca=pwcca(*products))
+        rows.append(dict(stage=a, cka=res.between(a, a), **scores))
     return pd.DataFrame(rows)
 
 # %% ../../nbs/08_cka.ipynb #d3edb375
@@ -172,17 +175,17 @@ class Study:
     "Tasks of one table and their runs, and everything needed to train more and to load their models"
     kind:str
     exp:object
-    reads:dict
+    data_args:dict
     data:dict
     store:Store
     results:pd.DataFrame=None
 
     def train(self, modes, seeds, rows=None, steps=0, workers=1, retrain=False)->pd.DataFrame:
         "The results of `modes`, rows of the table or of `rows`; trains missing runs"
-        what = {k: self.reads[k] for k in ('tasks','source','scale')}
-        what |= dict(modes=list(modes), seeds=seeds, rows=rows)
-        what |= dict(steps=steps or None, steps_student=steps or None)
-        return self.exp.train(self.reads, what, self.data, self.store, retrain, workers)
+        grid_args = {k: self.data_args[k] for k in ('tasks','source','scale')}
+        grid_args |= dict(modes=list(modes), seeds=seeds, rows=rows)
+        grid_args |= dict(steps=steps or None, steps_student=steps or None)
+        return self.exp.train(self.data_args, grid_args, self.data, self.store, retrain, workers)
 
 def read_study(kind:str, # 'text' or 'speech'
                tasks, modes, seeds, scale, source='', runs='',
@@ -193,9 +196,9 @@ def read_study(kind:str, # 'text' or 'speech'
     exp = make()
     cache = cache_folder()
     source = source or (smoke_source(cache) if scale=='smoke' else sources[scale])
-    reads = dict(tasks=tasks, source=source, cache=str(cache), scale=scale, own={})
-    if kind=='speech': reads |= dict(keep=scale!='paper', drop=scale=='smoke')
-    study = Study(kind, exp, reads, exp.read(**reads), Store(runs or None, exp.modules))
+    data_args = dict(tasks=tasks, source=source, cache=str(cache), scale=scale)
+    if kind=='speech': data_args |= dict(keep=scale!='paper', drop=scale=='smoke')
+    study = Study(kind, exp, data_args, exp.read(**data_args), Store(runs or None, exp.modules))
     study.results = study.train(modes, seeds, **kwargs)
     return study
 

@@ -44,7 +44,9 @@ def our_effect(df,   # the CSV of a table: mode, task, metric, values
     for _,task in df.groupby('task', sort=False):
         rows = task.set_index('mode')
         if first not in rows.index or second not in rows.index: return None
-        a,b = ([float(v) for v in str(rows.loc[m, 'values']).split()] for m in (first,second))
+        def seeds_of(mode): return [float(v) for v in str(rows.loc[mode, 'values']).split()]
+        a = seeds_of(first)
+        b = seeds_of(second)
         if len(a)!=len(b): return None
         sign = -1 if rows.loc[first, 'metric'] in LOWER_IS_BETTER else 1
         gains.append([sign*(x-y) for x,y in zip(a, b)])
@@ -82,11 +84,14 @@ _limits = dict(
 
 def card(run)->str:
     "The model card of finished `run`, with its own numbers"
-    c,record,session = run.cell,run.record,run.sessions[-1]
+    c = run.cell
+    record = run.record
+    session = run.sessions[-1]
     def table(values, *names):
         rows = [[k, f'{v:.6g}' if isinstance(v, float) else v] for k,v in values.items()]
         return to_markdown(pd.DataFrame(rows, columns=names))
-    commit = (session['commit'] or 'unknown')[:8]+(' and changes' if session['dirty'] else '')
+    commit = (session['commit'] or 'unknown')[:8]
+    if session['dirty']: commit += ' and changes'
     return data_file('card.md').format(
         source=Path(c.source).name, mixer=c.mixer, mode=c.mode, task=c.task, scale=c.scale, seed=c.seed,
         results=table(record['result'], 'metric', 'value'), settings=table(run.settings, 'setting', 'value'),

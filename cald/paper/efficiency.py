@@ -221,8 +221,8 @@ ROLE_STYLES = dict(attention=dict(color='#5f5700', marker='h'), # colours and ma
 
 def draw_lines(ax, points, value, mode, ls='-'):
     "Mean and 95 % interval over seeds of `value` against length, for the transformer and its conversion"
-    own = points[(points['mode']==mode) & (points[value].astype(float)>0)]
-    for mixer,g in own.groupby('mixer', sort=False):
+    of_mode = points[(points['mode']==mode) & (points[value].astype(float)>0)]
+    for mixer,g in of_mode.groupby('mixer', sort=False):
         role = 'attention' if mixer=='softmax' else 'converted'
         style = ROLE_STYLES[role]
         g = summarise(g, ['mixer'], 'length', value)
@@ -260,10 +260,10 @@ def plot_lengths(points):
     fig,axs = plt.subplots(2, len(shown), figsize=(PAGE_WIDTH,6.2), **share)
     rows = dict(us='time for a position (µs)', memory_mb='memory without the model (MB)')
     for col,family in zip(axs.T, shown):
-        own = points[points.family==family]
+        of_family = points[points.family==family]
         for ax,value in zip(col, rows):
-            for mode,ls in (('forward','-'), ('training','--')): draw_lines(ax, own, value, mode, ls)
-            log_axes(ax, sorted(own.length.unique()))
+            for mode,ls in (('forward','-'), ('training','--')): draw_lines(ax, of_family, value, mode, ls)
+            log_axes(ax, sorted(of_family.length.unique()))
         col[0].set_title(MODEL_PAIRS[family].title, fontsize=11)
         col[1].set_xlabel('length (positions)')
     for ax,label in zip(axs[:,0], rows.values()): ax.set_ylabel(label)

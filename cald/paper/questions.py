@@ -88,8 +88,8 @@ def plot_rows(level, tasks:dict, # name -> `Task`
         if base in g.index: ax.axhline(g['mean'][base], color=colour_of(base), lw=1.2, ls=':', label=base)
         for i,(name,rows) in enumerate(lines.items()):
             shift = 1.05**(i-(len(lines)-1)/2) if log else 1. # so that intervals do not overlap
-            own = g.loc[[r for r in rows if r in g.index]]
-            draw_line(ax, own, x, name, styles.get(name, line_style(name)), shift)
+            of_line = g.loc[[r for r in rows if r in g.index]]
+            draw_line(ax, of_line, x, name, styles.get(name, line_style(name)), shift)
         title,_,metric = tasks[t].title.partition(', ')
         ax.set(xlabel=xlabel, ylabel=f'{metric}, {"more" if tasks[t].higher else "less"} is better')
         ax.set_title(title, fontsize=11)

@@ -123,15 +123,15 @@ class Nlp(Experiment):
 # %% ../../nbs/06_nlp.ipynb #f4cf6e25
 @patch
 def read(self:Nlp, tasks:list, source:str, cache, scale:str='demo',
-         own:dict=None,    # task -> path of the user's data
-         length:int=None,  # most tokens of an example; None: that of the scale
+         task_data:dict=None, # task -> path of the user's data
+         length:int=None,     # most tokens of an example; None: that of the scale
          **kwargs)->dict:  # of `read_text_task`
     "The `TextData` of each of `tasks`"
     lengths = {t: length or settings(cell(t, scale=scale))['length'] for t in tasks}
     self.processor = read_tokenizer(source, max(lengths.values()))
     data = {}
     for t in tasks:
-        path = (own or {}).get(t, '')
+        path = (task_data or {}).get(t, '')
         examples = read_text_task(path, t, cache=cache, scale=scale, **kwargs)
         data[t] = TextData(examples, self.processor, lengths[t], source)
     return data
@@ -159,7 +159,7 @@ def table(self:Nlp, results, row:str='row')->pd.DataFrame:
 
 # %% ../../nbs/06_nlp.ipynb #c554c9f8
 @patch
-def search(self:Nlp, read_args:dict, grid_args:dict, data:dict, store, # as for `train`
+def search(self:Nlp, data_args:dict, grid_args:dict, data:dict, store, # as for `train`
            rates:list,                      # learning rates of the students
            rows:tuple=('unguided','target'),
            retrain:bool=False, workers:int=1)->pd.DataFrame: # results; `rate` is NaN for standard models
@@ -169,7 +169,7 @@ def search(self:Nlp, read_args:dict, grid_args:dict, data:dict, store, # as for 
     found = []
     for rate in rates:
         one_rate = {**grid_args, 'modes':list(rows), 'seeds':[SEARCH_SEED], 'lr_student':rate}
-        found.append(self.train(read_args, one_rate, data, store, retrain, workers).assign(rate=rate))
+        found.append(self.train(data_args, one_rate, data, store, retrain, workers).assign(rate=rate))
     df = pd.concat(found, ignore_index=True)
     df = df.assign(rate=df.rate.where(df.row!='standard'))
     return df.drop_duplicates('key', ignore_index=True)

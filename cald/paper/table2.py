@@ -54,8 +54,9 @@ SHARES = dict(small=.25, medium=.5, large=1.)
 def _recipe(budget, scale):
     "Settings of `budget` at `scale`"
     common = _common[scale]
-    own = dict(steps=0, lr=common['lr_student'], steps_student=_steps[budget][scale], share=SHARES[budget])
-    return asdict(LmRecipe(**{**common, **own}))
+    steps = _steps[budget][scale]
+    budget_settings = dict(steps=0, lr=common['lr_student'], steps_student=steps, share=SHARES[budget])
+    return asdict(LmRecipe(**{**common, **budget_settings}))
 
 for _budget in _steps: scale_settings(_budget, **{scale: _recipe(_budget, scale) for scale in _common})
 

@@ -94,13 +94,13 @@ class Speech(Experiment):
 # %% ../../nbs/05_speech.ipynb #05000026
 @patch
 def read(self:Speech, tasks:list, source:str, cache,
-         data:str='',       # data of all tasks
-         own:dict=None,     # task -> its data, which goes before `data`
+         data:str='',         # data of all tasks
+         task_data:dict=None, # task -> its data, which goes before `data`
          scale:str='demo', keep:bool=True, drop:bool=False)->dict:
     "task -> its checked `SpeechCorpus`"
     corpora = {}
     for t in tasks:
-        df = read_data((own or {}).get(t) or data, t, cache, scale)
+        df = read_data((task_data or {}).get(t) or data, t, cache, scale)
         corpora[t] = make_corpus(df, t, source, cache, keep, drop)
     return corpora
 

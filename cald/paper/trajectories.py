@@ -89,8 +89,8 @@ def spread(mean:Tensor,  # (states, samples, d)
     u = torch.nn.functional.normalize(mean.double(), dim=-1)
     n = u.shape[1]
     cosines = u@u.transpose(1,2)
-    own = cosines.diagonal(dim1=1, dim2=2).sum(1)
-    between = cosines.sum((1,2))-own
+    with_itself = cosines.diagonal(dim1=1, dim2=2).sum(1)
+    between = cosines.sum((1,2))-with_itself
     return 1-between/(n*(n-1))
 
 # %% ../../nbs/08a_trajectories.ipynb #57a90ad1
@@ -288,8 +288,8 @@ def progress(paths:dict, state:int=-1)->pd.DataFrame:
     rows = []
     for (task,mode,seed),path in paths.items():
         teacher = vectors(paths[task,'standard',seed], state)
-        own = vectors(path, state)
-        along,off = along_and_off(own, teacher[0], teacher[-1])
+        moves = vectors(path, state)
+        along,off = along_and_off(moves, teacher[0], teacher[-1])
         run = dict(task=task, mode=mode, seed=seed)
         points = zip(path['steps'], step_fractions(path), along.tolist(), off.tolist())
         for step,f,a,o in points:

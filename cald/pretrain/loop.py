@@ -24,7 +24,9 @@ from ..lab.store import device_name,environment,git_state
 # %% ../../nbs/10a_pretrain_loop.ipynb #543e2f19
 def rate_at(step:int, r)->float:
     "Learning rate: linear warm-up, constant, linear to zero over the last share `r.decay` of the steps"
-    return r.lr*min(1, (step+1)/r.warmup, (r.steps-step)/max(1, r.decay*r.steps))
+    rising = (step+1)/r.warmup
+    falling = (r.steps-step)/max(1, r.decay*r.steps)
+    return r.lr*min(1, rising, falling)
 
 def optimiser(net:nn.Module, r):
     "AdamW, without weight decay on biases, norms and other vectors"

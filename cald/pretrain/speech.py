@@ -122,10 +122,13 @@ class MaskedUnits(nn.Module):
     def forward(self, x:Tensor, mask:Tensor, valid:Tensor, units:Tensor)->dict:
         "`loss` and its parts for a batch of `draw_batch`; the accuracy on masked frames for both codebooks"
         logits = self.logits(x, mask)
-        ce = F.cross_entropy(logits.flatten(0,2), units.flatten(), reduction='none').view_as(units).mean(-1)
+        ce = F.cross_entropy(logits.flatten(0,2), units.flatten(), reduction='none')
+        ce = ce.view_as(units).mean(-1)
         hidden = mask&valid
         shown = ~mask&valid
-        masked,seen = [(ce*o).sum()/o.sum().clamp(min=1) for o in (hidden,shown)]
+        def mean_over(frames): return (ce*frames).sum()/frames.sum().clamp(min=1)
+        masked = mean_over(hidden)
+        seen = mean_over(shown)
         accuracy = (logits.argmax(-1)==units)[hidden].float().mean(0)
         return dict(loss=masked + self.r.unmasked*seen, masked=masked.detach(), seen=seen.detach(),
                     accuracy=accuracy[0], accuracy_raw=accuracy[1])

@@ -85,7 +85,8 @@ def mel_filters(n:int=40,     # filters
                 n_fft:int=512)->np.ndarray: # (n, n_fft/2+1)
     "Triangular filters, evenly spaced on the mel scale 2595 log10(1 + f/700) from 20 Hz to 8 kHz"
     def mel(f): return 2595*np.log10(1+f/700)
-    edges = 700*(10**(np.linspace(mel(20), mel(rate/2), n+2)/2595)-1)
+    mels = np.linspace(mel(20), mel(rate/2), n+2)
+    edges = 700*(10**(mels/2595)-1)
     low = edges[:-2,None]
     high = edges[2:,None]
     f = np.arange(n_fft//2+1)*rate/n_fft
@@ -120,7 +121,9 @@ class Codebook:
 
     def __call__(self, x:np.ndarray)->np.ndarray: # (frames,)
         "The nearest mean of each frame of `x`"
-        return ((self.means**2).sum(1) - 2*(x/self.scale)@self.means.T).argmin(1).astype(np.int16)
+        squared = (self.means**2).sum(1)
+        distance = squared - 2*(x/self.scale)@self.means.T # up to a constant
+        return distance.argmin(1).astype(np.int16)
 
 def some_frames(corpus:UnitCorpus, features, # function of a wave that gives (frames, features)
                 n:int=200_000, seed:int=0)->np.ndarray: # (n or fewer, features)
@@ -146,7 +149,9 @@ class Clusters:
 
     def __call__(self, wave:np.ndarray)->np.ndarray: # (frames, 2)
         "The units of each frame of `wave` in both codebooks"
-        return np.stack([book(mfcc(wave, o)) for book,o in zip(self.books, (True,False))], 1)
+        normalised,raw = self.books
+        units = [normalised(mfcc(wave, True)), raw(mfcc(wave, False))]
+        return np.stack(units, 1)
 
 # %% ../../nbs/10_units.ipynb #fa135558
 def label_frames(corpus:UnitCorpus, clusters:Clusters)->UnitCorpus:

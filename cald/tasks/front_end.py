@@ -27,7 +27,8 @@ def front_end(encoder:nn.Module, # `model.feature_extractor` of a Wav2Vec2 with 
     "`encoder(x)`, computed with channels last in memory"
     h = x[:,None,None].contiguous(memory_format=torch.channels_last)
     for layer in encoder.conv_layers:
-        h = F.conv2d(h, layer.conv.weight[:,:,None], layer.conv.bias, stride=(1,layer.conv.stride[0]))
+        conv = layer.conv
+        h = F.conv2d(h, conv.weight[:,:,None], conv.bias, stride=(1,conv.stride[0]))
         h = layer.layer_norm(h.permute(0,2,3,1))
         h = layer.activation(h).permute(0,3,1,2)
     return h[:,:,0]

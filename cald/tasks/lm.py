@@ -161,7 +161,8 @@ def evaluate_lm(model, ds:Rows)->dict:
         batch = collate_rows([ds[i] for i in range(start, stop)])
         logits = model(input_ids=batch['input_ids'].to(model.device), use_cache=False).logits
         pairs = zip(logits, batch['labels'].to(model.device))
-        total += sum(F.cross_entropy(l.float(), y, reduction='sum').double() for l,y in pairs).item()
+        losses = [F.cross_entropy(l.float(), y, reduction='sum').double() for l,y in pairs]
+        total += sum(losses).item()
     model.train(was_training)
     loss = total/(len(ds)*len(ds[0]['labels']))
     metrics = dict(perplexity=math.exp(min(loss, 700)))
