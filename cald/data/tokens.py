@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from fastcore.basics import patch
 from tokenizers import ByteLevelBPETokenizer
 from transformers import GPTNeoXTokenizer,RobertaTokenizer
 
@@ -188,22 +189,7 @@ class Tokens:
         self.maps = [map_bytes(f) for f in self.files]
         self.offsets = np.cumsum([0, *map(len, self.maps)]) # of the files, in bytes
         self.total = len(self.lengths) # of all sequences, also those in missing parts
-        self.n = self._whole_sequences(complete)
-
-    def _whole_sequences(self, complete:bool)->int:
-        "How many sequences the files hold. Raises DataError if files and index do not match"
-        have = int(self.offsets[-1])
-        expected = int(self.starts[-1])+int(self.lengths[-1])*self.dtype.itemsize
-        last = self.files[-1]
-        if have>expected:
-            raise DataError(f'{last}: {have} bytes of tokens, but {self.index.name} says {expected}: '
-                            'they do not belong together')
-        if have==expected: return self.total
-        if complete:
-            raise DataError(f'{last}: truncated, {have} bytes of tokens where {self.index.name} says {expected}')
-        started = int(np.searchsorted(self.starts, have, 'right'))
-        if started<2: raise DataError(f'{last}: not one whole sequence')
-        return started-1 # the last one may be cut
+        self.n = self.whole_sequences(complete)
 
     def __len__(self): return self.n
 
@@ -220,6 +206,23 @@ class Tokens:
 
     def __repr__(self):
         return f'Tokens({self.n} of {self.total} sequences, {self.dtype.name}, {len(self.files)} files)'
+
+# %% ../../nbs/04e_tokens.ipynb #4e70c411
+@patch
+def whole_sequences(self:Tokens, complete:bool)->int:
+    "How many sequences the files hold. Raises DataError if files and index do not match"
+    have = int(self.offsets[-1])
+    expected = int(self.starts[-1])+int(self.lengths[-1])*self.dtype.itemsize
+    last = self.files[-1]
+    if have>expected:
+        raise DataError(f'{last}: {have} bytes of tokens, but {self.index.name} says {expected}: '
+                        'they do not belong together')
+    if have==expected: return self.total
+    if complete:
+        raise DataError(f'{last}: truncated, {have} bytes of tokens where {self.index.name} says {expected}')
+    started = int(np.searchsorted(self.starts, have, 'right'))
+    if started<2: raise DataError(f'{last}: not one whole sequence')
+    return started-1 # the last one may be cut
 
 # %% ../../nbs/04e_tokens.ipynb #9d41825f
 def text_files(path)->list:
