@@ -17,21 +17,23 @@ register(Family(
     'wav2vec2', 'Wav2Vec2Config',
     dict(AutoModel='Wav2Vec2Model', AutoModelForCTC='Wav2Vec2ForCTC',
          AutoModelForAudioClassification='Wav2Vec2ForSequenceClassification'),
-    'encoder.layers', 'attention', ('q_proj','k_proj','v_proj','out_proj'), 'attention_dropout'))
+    layers='encoder.layers', attention='attention',
+    projections=('q_proj','k_proj','v_proj','out_proj'), dropout='attention_dropout'))
 
-_bert_layers = ('encoder.layer', 'attention.self', ('query','key','value'), 'attention_probs_dropout_prob')
+_bert_layers = dict(layers='encoder.layer', attention='attention.self', projections=('query','key','value'),
+                    dropout='attention_probs_dropout_prob')
 register(Family(
     'roberta', 'RobertaConfig',
     dict(AutoModel='RobertaModel', AutoModelForSequenceClassification='RobertaForSequenceClassification',
-         AutoModelForMaskedLM='RobertaForMaskedLM'), *_bert_layers))
+         AutoModelForMaskedLM='RobertaForMaskedLM'), **_bert_layers))
 register(Family(
     'bert', 'BertConfig',
     dict(AutoModel='BertModel', AutoModelForSequenceClassification='BertForSequenceClassification',
-         AutoModelForMaskedLM='BertForMaskedLM'), *_bert_layers))
+         AutoModelForMaskedLM='BertForMaskedLM'), **_bert_layers))
 
 register(Family(
     'gpt_neox', 'GPTNeoXConfig', dict(AutoModel='GPTNeoXModel', AutoModelForCausalLM='GPTNeoXForCausalLM'),
-    'layers', 'attention', causal=True))
+    layers='layers', attention='attention', causal=True))
 
 # %% ../nbs/01a_families.ipynb #16f1e73a
 AUTO_CLASSES = dict( # Auto class: ending of the class name
@@ -67,10 +69,10 @@ def same_layers(known:str,  # name of a registered family
     return replace(FAMILIES[known], name=name, config=f'{prefix}Config', heads=heads, students={})
 
 _wav2vec2_bert = Family('wav2vec2-bert', 'Wav2Vec2BertConfig', head_classes('Wav2Vec2Bert', 'speech'),
-                        'encoder.layers', 'self_attn')
+                        layers='encoder.layers', attention='self_attn')
 _distilbert = Family(
-    'distilbert', 'DistilBertConfig', head_classes('DistilBert', 'text'), 'transformer.layer', 'attention',
-    ('q_lin','k_lin','v_lin','out_lin'), 'attention_dropout')
+    'distilbert', 'DistilBertConfig', head_classes('DistilBert', 'text'), layers='transformer.layer',
+    attention='attention', projections=('q_lin','k_lin','v_lin','out_lin'), dropout='attention_dropout')
 _version = tuple(map(int, transformers.__version__.split('.')[:2]))
 _encoders = (
     same_layers('wav2vec2', 'hubert', 'Hubert', 'speech'),
@@ -88,10 +90,10 @@ _llamas = {'llama':'Llama', 'mistral':'Mistral', 'qwen2':'Qwen2', 'qwen3':'Qwen3
 
 def _like_llama(name, prefix):
     heads = head_classes(prefix, 'decoder')
-    return Family(name, f'{prefix}Config', heads, 'layers', 'self_attn', causal=True)
+    return Family(name, f'{prefix}Config', heads, layers='layers', attention='self_attn', causal=True)
 
 _gpt2_heads = {**head_classes('GPT2', 'decoder'), 'AutoModelForCausalLM':'GPT2LMHeadModel'}
-_gpt2 = Family('gpt2', 'GPT2Config', _gpt2_heads, 'h', 'attn', causal=True)
+_gpt2 = Family('gpt2', 'GPT2Config', _gpt2_heads, layers='h', attention='attn', causal=True)
 _decoders = (*(_like_llama(name, prefix) for name,prefix in _llamas.items()),_gpt2)
 
 # %% ../nbs/01a_families.ipynb #e5bd47a7

@@ -19,9 +19,9 @@ from torch import Tensor
 
 # %% ../nbs/00_ops.ipynb #26f867b3
 def mix_rows(x:Tensor, # (batch, heads, length, headdim)
-             E:Tensor, # (length, k)
+             E:Tensor, # (length, number of mixtures)
              mask:Tensor=None, # (batch, length), True at tokens; None if there is no padding
-            )->Tensor: # (batch, heads, k, headdim)
+            )->Tensor: # (batch, heads, number of mixtures, headdim)
     "`E.T @ x / sqrt(n)`: `k` mixtures of the rows of `x`, where `n` is the number of tokens of each sample"
     Et = E.mT.to(x.dtype)
     if mask is None: return Et @ x / x.shape[2]**0.5
@@ -31,11 +31,11 @@ def mix_rows(x:Tensor, # (batch, heads, length, headdim)
 
 # %% ../nbs/00_ops.ipynb #a0838ca1
 def linformer_attention(q:Tensor, k:Tensor, v:Tensor, # (batch, heads, length, headdim)
-                        E:Tensor, F_:Tensor,          # (length, k): $E$ mixes the keys, $F$ the values
+                        E:Tensor, F_:Tensor,          # (length, number of mixtures): of keys, of values
                         mask:Tensor=None,             # (batch, length), True at tokens, which come first
                         dropout:float=0.,             # of the attention weights
                        )->Tensor:                     # as `q`
-    "Softmax attention of each query over `k` mixtures of the keys; ValueError if pads come first"
+    "Softmax attention of each query over mixtures of the keys; ValueError if pads come first"
     if mask is not None and not mask[:,0].all():
         raise ValueError('Linformer needs the padding at the end, and at least one token in each sample')
     keys = mix_rows(k, E, mask)
@@ -273,7 +273,7 @@ def mamba_ssm_kernels():
 def _log_backend(device, name):
     slow = device=='cuda' and name=='torch'
     level = logging.WARNING if slow else logging.INFO
-    hint = '; `pip install cald[cuda]` installs the faster kernels of mamba_ssm' if slow else ''
+    hint = '; `pip install --no-build-isolation ".[cuda]"` installs faster kernels' if slow else ''
     mixers = 'Mamba2 uses' if device=='cpu' else 'Mamba and Mamba2 use' # `scan_backend` logs Mamba's on a CPU
     logging.getLogger(__name__).log(level, f'{mixers} {name} on {device}{hint}')
 

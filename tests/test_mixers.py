@@ -205,7 +205,7 @@ def test_the_backend_is_logged_once(monkeypatch, caplog):
     assert [r.levelname for r in caplog.records]==['INFO'] and 'torch on cpu' in caplog.text
     monkeypatch.setattr(ops, 'mamba_ssm_kernels', lambda: None)
     assert backend('cuda')==backend('cuda:1')=='torch'
-    assert [r.levelname for r in caplog.records]==['INFO','WARNING'] and 'cald[cuda]' in caplog.text
+    assert [r.levelname for r in caplog.records]==['INFO','WARNING'] and '.[cuda]' in caplog.text
     monkeypatch.setattr(ops, 'mamba_ssm_kernels', lambda: SimpleNamespace())
     assert backend('cuda')=='mamba_ssm' and backend('cpu')=='torch'
 
