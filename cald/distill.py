@@ -15,7 +15,7 @@ from .hidden_states import complete_hidden_states,state_length,state_mask
 from .trainer import find_snapshots,ProgressLines,ResumableTrainer,seed_all
 
 # %% ../nbs/03_distill.ipynb #a3d0c001
-_all_ = ['find_snapshots', 'ProgressLines', 'seed_all']
+_all_ = ['find_snapshots', 'ProgressLines', 'seed_all'] # imported above; exported by this module too
 
 # %% ../nbs/03_distill.ipynb #a16f502d
 def by_item(guidance)->bool:
@@ -150,7 +150,7 @@ def compute_loss(self:Distiller, model, inputs, return_outputs=False, num_items_
 
 @patch
 def _add_up(self:Distiller, losses):
-    "The sum of `losses`; `step_losses` keeps the mean of each over the micro-batches"
+    "The sum of `losses`; `step_losses`, a dict of ResumableTrainer, keeps their means over the micro-batches"
     micro_batches = self.current_gradient_accumulation_steps
     if self.task_sum: losses = {k:v*micro_batches for k,v in losses.items()} # Trainer divides by it
     for k,v in losses.items(): self.step_losses[k] = self.step_losses.get(k, 0)+v.detach()/micro_batches

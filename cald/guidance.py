@@ -195,7 +195,7 @@ class Waypoint(Target):
                  snapshots:list,       # of (step of the fine-tuning, folder)
                  load=load_snapshot,   # function that loads a model from a folder
                  loss:HiddenLoss=None, # default: `loss_preset()`
-                 cycle=None,           # None: first snapshot later than the student; steps for each; 'equal'
+                 cycle=None,           # None: first later step; int: steps for each; 'equal': equal shares
                  train_mode=False,
                  seed=0):
         super().__init__(None, loss, train_mode, seed)

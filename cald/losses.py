@@ -142,7 +142,7 @@ _presets = {
 def loss_preset(name='default', # 'default', 'paper-nlp', 'paper-lm' or 'paper-speech'
                 **overrides     # any field of `HiddenLoss`
                )->HiddenLoss:
-    "Return the loss in the default convention, or in one of the three of the reference code"
+    "Return the loss in the default convention, or in one of the three of the reference"
     if name not in _presets: raise ValueError(f'unknown loss {name!r} (known: {", ".join(_presets)})')
     known = {f.name for f in fields(HiddenLoss)}
     unknown = set(overrides)-known
