@@ -88,7 +88,8 @@ class Speech(Experiment):
 
     def table(self, results, row='row'):
         s = super().table(results, row)
-        keep = (s.task=='intent') | (s.metric!='slot accuracy') # one label column: both accuracies are equal
+        # the other tasks have one label column: both accuracies are equal
+        keep = (s.task=='intent') | (s.metric!='slot accuracy')
         return s[keep].reset_index(drop=True)
 
 # %% ../../nbs/05_speech.ipynb #05000026
