@@ -30,7 +30,7 @@ SHARES = ['none','kv','layer']
 @dataclass(frozen=True)
 class TextRecipe(Recipe):
     "Settings of one cell of Table 1"
-    k:int=256              # slots of Linformer
+    k:int=256              # mixtures of Linformer
     share:str='none'       # projections: 'none' one per keys and values, 'kv' one per layer, 'layer' one
     length:int=512         # most tokens of an example
     dropout:float=0.1      # of hidden states and attention
