@@ -215,7 +215,7 @@ def points_of(results, store)->pd.DataFrame:
     return df.assign(us=1e3*df.ms/positions).reindex(columns=columns)
 
 # %% ../../nbs/08d_efficiency.ipynb #7e000019
-ROLE_STYLES = dict(attention=dict(color='#5f5700', marker='h', ms=8), # colours and markers of no guidance mode
+ROLE_STYLES = dict(attention=dict(color='#5f5700', marker='h', ms=8), # looks of no guidance mode
                    converted=dict(color='#d97bb6', marker='*', ms=7))
 
 def draw_lines(ax, points, value, mode, ls='-'):
