@@ -19,7 +19,6 @@ from statistics import median
 import matplotlib.pyplot as plt
 import pandas as pd
 import torch
-from matplotlib.ticker import LogLocator,NullFormatter
 from transformers import AutoConfig,AutoModel,GPTNeoXConfig,RobertaConfig,Wav2Vec2Config
 
 # %% ../../nbs/08d_efficiency.ipynb #7e000004
@@ -30,7 +29,7 @@ from ..lab.grid import cell,scale_settings,settings
 from ..lab.results import summarise
 from ..lab.store import peak_memory_mb
 from ..models import MixerCacheLayer
-from ..lab.plots import PAGE_WIDTH
+from ..lab.plots import PAGE_WIDTH,log_axis
 
 # %% ../../nbs/08d_efficiency.ipynb #7e000009
 @dataclass(frozen=True)
@@ -216,8 +215,8 @@ def points_of(results, store)->pd.DataFrame:
     return df.assign(us=1e3*df.ms/positions).reindex(columns=columns)
 
 # %% ../../nbs/08d_efficiency.ipynb #7e000019
-ROLE_STYLES = dict(attention=dict(color='#5f5700', marker='h'), # colours and markers of no guidance mode
-                   converted=dict(color='#d97bb6', marker='*'))
+ROLE_STYLES = dict(attention=dict(color='#5f5700', marker='h', ms=8), # looks of no guidance mode
+                   converted=dict(color='#d97bb6', marker='*', ms=7))
 
 def draw_lines(ax, points, value, mode, ls='-'):
     "Mean and 95 % interval over seeds of `value` against length, for the transformer and its conversion"
@@ -227,9 +226,11 @@ def draw_lines(ax, points, value, mode, ls='-'):
         style = ROLE_STYLES[role]
         g = summarise(g, ['mixer'], 'length', value)
         mode_name = 'inference' if mode=='forward' else mode
-        ax.plot(g.length, g['mean'], ls=ls, ms=6, lw=1.4, label=f'{role}, {mode_name}', **style)
+        label = role if mode=='decoding' else f'{role}, {mode_name}'
+        ax.plot(g.length, g['mean'], ls=ls, lw=1.4, label=label, **style)
         floor = g['mean']/10
-        ax.fill_between(g.length, g.low.clip(lower=floor), g.high, color=style['color'], alpha=.15, lw=0)
+        band = dict(fc=(style['color'],.12), ec=(style['color'],.5), lw=.6)
+        ax.fill_between(g.length, g.low.clip(lower=floor), g.high, **band)
         cut = g.low<floor
         arrow = dict(ls='', marker=r'$\downarrow$', ms=9, color=style['color'])
         if cut.any(): ax.plot(g.length[cut], floor[cut], label='interval cut at mean/10', **arrow)
@@ -238,12 +239,10 @@ def log_axes(ax, lengths):
     "Both axes logarithmic; empty ones where nothing was measured"
     if not ax.lines: return ax.set(xticks=[], yticks=[])
     ax.set_xscale('log', base=2)
-    ax.set_yscale('log')
     ax.set_xticks(lengths, [f'{n:,}' for n in lengths], rotation=45)
-    ax.yaxis.set_major_locator(LogLocator(subs=(1,2,5)))
-    ax.yaxis.set_major_formatter('{x:g}')
-    ax.yaxis.set_minor_formatter(NullFormatter())
+    log_axis(ax, 'y')
     ax.grid(alpha=.3)
+
 def shared_legend(fig):
     "One legend below the panels, with each label once"
     handles = {}
@@ -277,6 +276,6 @@ def plot_decoding(points):
     for ax,value,label in zip(axs, ('ms','cache_mb'), ('time for a token (ms)','cache (MB)')):
         draw_lines(ax, points, value, 'decoding')
         log_axes(ax, sorted(points.length.unique()))
-        ax.set(xlabel='length (tokens before it)', ylabel=label)
+        ax.set(xlabel='context length (tokens)', ylabel=label)
     shared_legend(fig)
     return fig

@@ -9,12 +9,13 @@ __all__ = ['PARTS', 'levels', 'gains', 'with_gains', 'wide_axes', 'line_style', 
 
 # %% ../../nbs/08c_questions.ipynb #6c000004
 import matplotlib.pyplot as plt
+from matplotlib.patheffects import withStroke
 import numpy as np
 import pandas as pd
 from scipy import stats
 
 # %% ../../nbs/08c_questions.ipynb #6c000005
-from ..lab.plots import PAGE_WIDTH,colour_of,marker_of
+from ..lab.plots import PAGE_WIDTH,colour_of,marker_of,metric_label,split_title
 from ..lab.results import summarise
 from .trajectories import KIND_COLOURS,KIND_MARKERS
 
@@ -64,7 +65,7 @@ def draw_line(ax, level, # indexed by row
     level = level.sort_index(key=lambda rows: rows.map(x), kind='stable')
     xs = level.index.map(x)*shift
     ax.plot(xs, level['mean'], ms=6, lw=1.4, label=label, **style)
-    ax.vlines(xs, level.low, level.high, color=style['color'], lw=1, alpha=.6)
+    ax.vlines(xs, level.low, level.high, color=style['color'], lw=1.2, alpha=.8)
 
 def log_positions(ax, at):
     "A logarithmic x axis with ticks at the positions `at` alone"
@@ -90,9 +91,8 @@ def plot_rows(level, tasks:dict, # name -> `Task`
             shift = 1.05**(i-(len(lines)-1)/2) if log else 1. # so that intervals do not overlap
             of_line = g.loc[[r for r in rows if r in g.index]]
             draw_line(ax, of_line, x, name, styles.get(name, line_style(name)), shift)
-        title,_,metric = tasks[t].title.partition(', ')
-        ax.set(xlabel=xlabel, ylabel=f'{metric}, {"more" if tasks[t].higher else "less"} is better')
-        ax.set_title(title, fontsize=11)
+        ax.set(xlabel=xlabel, ylabel=metric_label(tasks[t], 'test'))
+        ax.set_title(split_title(tasks[t].title)[0], fontsize=11)
         ax.grid(alpha=.3)
         if log: log_positions(ax, sorted(set(x.values())))
     fig.legend(*axs[0].get_legend_handles_labels(), ncol=6, loc='outside lower center', frameon=False)
@@ -142,15 +142,18 @@ def plot_gain(points, titles):
     "Gain of trajectory guidance against the shift: a panel for each start of the target guided student"
     bases = list(dict.fromkeys(points.over))
     fig,axs = wide_axes(len(bases), 3.8)
+    for ax in axs[1:]: ax.sharey(axs[0])
     for ax,base in zip(axs, bases):
         g = points[points.over==base]
         for r in g.itertuples():
             colour = KIND_COLOURS[r.kind]
-            side = -1 if crowded(g, r) else 1
-            place = dict(xytext=(7*side,4), textcoords='offset points', ha='left' if side>0 else 'right')
+            right = dict(xytext=(7,4), ha='left')
+            left_below = dict(xytext=(-7,-13), ha='right')
+            place = dict(left_below if crowded(g, r) else right, textcoords='offset points')
             ax.plot(r.shift, r.mean, KIND_MARKERS[r.kind], color=colour, ms=8, label=r.kind)
             if r.n>1: ax.plot([r.shift]*2, [r.low,r.high], color=colour, lw=1.2, alpha=.6)
-            ax.annotate(titles[r.task], (r.shift,r.mean), **place)
+            label = ax.annotate(titles[r.task], (r.shift,r.mean), **place)
+            label.set_path_effects([withStroke(linewidth=3, foreground='w')])
         ax.margins(x=.25)
         ax.axhline(0, color='.6', lw=.8)
         weights = 'source' if 'source' in base else 'fine-tuned'
@@ -219,9 +222,10 @@ def part_rows(mixer:str, modes=('unguided','target'))->dict:
 
 def draw_bar(ax, r, y, label):
     "The gain of row `r` at height `y`, with its interval and the marker of its mode"
-    ax.barh(y, r.mean, .34, color=colour_of(r.row))
-    if r.n>1: ax.plot([r.low,r.high], [y,y], color='k', lw=1)
-    ax.plot(r.mean, y, marker_of(r.row), color=colour_of(r.row), mec='k', ms=7, label=label)
+    colour = colour_of(r.row)
+    ax.barh(y, r.mean, .34, color=colour, alpha=.3)
+    if r.n>1: ax.plot([r.low,r.high], [y,y], color=colour, lw=1.5)
+    ax.plot(r.mean, y, marker_of(r.row), color=colour, ms=8, label=label)
 
 def plot_bars(gain, tasks:dict, modes):
     "Gain of each row with its interval: a panel for each task, a colour and marker for each mode"
@@ -236,7 +240,7 @@ def plot_bars(gain, tasks:dict, modes):
                 draw_bar(ax, r, parts.index(part)+.19*(1-2*j), m if part==parts[-1] else None)
         ax.axvline(0, color='.4', lw=.8)
         ax.set_yticks(range(len(parts)), parts)
-        ax.set_xlabel('gain over all weights transferred\n(percentage points)')
+        ax.set_xlabel('difference from all weights transferred\n(percentage points, positive is better)')
         ax.set_title(tasks[t].title.split(',')[0], fontsize=11)
         ax.grid(axis='x', alpha=.3)
     fig.legend(*axs[0].get_legend_handles_labels(), ncol=2, loc='outside lower center', frameon=False)
