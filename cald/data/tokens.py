@@ -189,7 +189,7 @@ class Tokens:
         self.maps = [map_bytes(f) for f in self.files]
         self.offsets = np.cumsum([0, *map(len, self.maps)]) # of the files, in bytes
         self.total = len(self.lengths) # of all sequences, also those in missing parts
-        self.n = self.whole_sequences(complete)
+        self.n = self._whole_sequences(complete)
 
     def __len__(self): return self.n
 
@@ -209,7 +209,7 @@ class Tokens:
 
 # %% ../../nbs/04e_tokens.ipynb #4e70c411
 @patch
-def whole_sequences(self:Tokens, complete:bool)->int:
+def _whole_sequences(self:Tokens, complete:bool)->int:
     "How many sequences the files hold. Raises DataError if files and index do not match"
     have = int(self.offsets[-1])
     expected = int(self.starts[-1])+int(self.lengths[-1])*self.dtype.itemsize

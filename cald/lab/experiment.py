@@ -44,7 +44,9 @@ class Experiment:
     recipe = Recipe
     mixer = 'mamba2'                 # replaces attention
     rows = {m: {} for m in MODES}    # name -> `mode` (default: the name) and overrides, perhaps {task: value}
-    modules = ()                     # modules whose code decides the result
+    modules = [f'cald.{m}' for m in (  # their code decides the result; a subclass adds its own, itself last
+        'ops scan_source ops_cpp mixers models convert ablation pretrained resume hidden_states losses '
+        'guidance trainer distill lab.recipe lab.experiment').split()]
     metrics = {}                     # metric -> name in the table
     record = 16                      # dev samples whose hidden states are recorded during training; 0: none
     processor = None                 # tells Trainer which field of a sample has the length

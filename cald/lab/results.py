@@ -158,7 +158,7 @@ def write_figure(name, fig, df, results, out, params=None, force=False)->list:
     return write_result(name, df, files, results, out, params, force)
 
 # %% ../../nbs/03d_results.ipynb #fdacd8dd
-def result_name(table:str, user_data, # True or a path: 'own' is a part of the name
+def result_name(table:str, user_data, # paths of the user's data, if any
                 source:str, known, # checkpoints that the name does not mention
                 scale:str, changed)->str: # other settings, if any
     "`table`, plus 'own', the source and 'changed' where they apply"

@@ -241,7 +241,7 @@ def plot_bars(gain, tasks:dict, modes):
         ax.axvline(0, color='.4', lw=.8)
         ax.set_yticks(range(len(parts)), parts)
         ax.set_xlabel('difference from all weights transferred\n(percentage points, positive is better)')
-        ax.set_title(tasks[t].title.split(',')[0], fontsize=11)
+        ax.set_title(split_title(tasks[t].title)[0], fontsize=11)
         ax.grid(axis='x', alpha=.3)
     fig.legend(*axs[0].get_legend_handles_labels(), ncol=2, loc='outside lower center', frameon=False)
     return fig

@@ -101,9 +101,7 @@ class Nlp(Experiment):
         'waypoint': {},
         'hybrid': {},
         'random weights': dict(mode='unguided', init='source', random_student=True)}
-    modules = [f'cald.{m}' for m in ('ops scan_source ops_cpp mixers models convert ablation pretrained '
-               'resume hidden_states losses guidance trainer distill lab.recipe lab.experiment tasks.text '
-               'paper.table1').split()]
+    modules = [*Experiment.modules, 'cald.tasks.text', 'cald.paper.table1']
     metrics = dict(accuracy='accuracy', f1='F1')
     student = (*Experiment.student, 'k', 'share', 'lr_teacher', 'cycle', 'random_student')
 

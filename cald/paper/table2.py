@@ -64,8 +64,6 @@ SOURCES = dict(demo='gpt_neox-demo', paper='EleutherAI/pythia-1b')
 
 # %% ../../nbs/07_lm.ipynb #53967a3c
 _random = dict(mode='unguided', init='source', random_student=True)
-_modules = ('ops scan_source ops_cpp mixers models convert ablation pretrained resume hidden_states losses '
-            'guidance trainer distill lab.recipe lab.experiment data.tokens tasks.lm paper.table2')
 
 class Lm(Experiment):
     "Table 2: GPT-NeoX and its Mamba students"
@@ -73,7 +71,7 @@ class Lm(Experiment):
     recipe = LmRecipe
     mixer = 'mamba'
     rows = {'standard':{}, 'unguided':{}, 'target':{}, 'hybrid':{}, 'random weights':_random}
-    modules = [f'cald.{m}' for m in _modules.split()]
+    modules = [*Experiment.modules, 'cald.data.tokens', 'cald.tasks.lm', 'cald.paper.table2']
     metrics = dict(perplexity='perplexity', bits='bits per byte')
     student = (*Experiment.student, 'd_state', 'd_inner', 'dt_rank', 'random_student')
 

@@ -62,10 +62,7 @@ class Speech(Experiment):
     tasks = SPEECH_TASKS
     recipe = SpeechRecipe
     processor = Wav2Vec2FeatureExtractor()
-    modules = [f'cald.{m}' for m in (
-        'ops scan_source ops_cpp mixers models convert ablation pretrained resume hidden_states losses '
-        'guidance trainer distill lab.recipe lab.experiment tasks.front_end tasks.speech '
-        'paper.table3').split()]
+    modules = [*Experiment.modules, 'cald.tasks.front_end', 'cald.tasks.speech', 'cald.paper.table3']
     metrics = dict(wer='WER', cer='CER', joint='accuracy', slots='slot accuracy')
     student = (*Experiment.student, 'd_state', 'headdim')
 
