@@ -389,6 +389,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'cald.lab.plots.metric_label': ('plots.html#metric_label', 'cald/lab/plots.py'),
                                 'cald.lab.plots.plot_curves': ('plots.html#plot_curves', 'cald/lab/plots.py'),
                                 'cald.lab.plots.plot_modes': ('plots.html#plot_modes', 'cald/lab/plots.py'),
+                                'cald.lab.plots.small_text': ('plots.html#small_text', 'cald/lab/plots.py'),
                                 'cald.lab.plots.split_title': ('plots.html#split_title', 'cald/lab/plots.py'),
                                 'cald.lab.plots.style_of': ('plots.html#style_of', 'cald/lab/plots.py')},
             'cald.lab.queue': { 'cald.lab.queue.begin_run': ('queue.html#begin_run', 'cald/lab/queue.py'),

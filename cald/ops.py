@@ -26,8 +26,7 @@ def mix_rows(x:Tensor, # (batch, heads, length, headdim)
     Et = E.mT.to(x.dtype)
     if mask is None: return Et @ x / x.shape[2]**0.5
     n = mask.sum(1).clamp(min=1).to(x.dtype)
-    tokens = x.masked_fill(~mask[:,None,:,None], 0)
-    return Et @ tokens * n[:,None,None,None].rsqrt()
+    return Et @ x.masked_fill(~mask[:,None,:,None], 0) * n[:,None,None,None].rsqrt()
 
 # %% ../nbs/00_ops.ipynb #a0838ca1
 def linformer_attention(q:Tensor, k:Tensor, v:Tensor, # (batch, heads, length, headdim)
@@ -38,9 +37,7 @@ def linformer_attention(q:Tensor, k:Tensor, v:Tensor, # (batch, heads, length, h
     "Softmax attention of each query over mixtures of the keys; ValueError if pads come first"
     if mask is not None and not mask[:,0].all():
         raise ValueError('Linformer needs the padding at the end, and at least one token in each sample')
-    keys = mix_rows(k, E, mask)
-    values = mix_rows(v, F_, mask)
-    return F.scaled_dot_product_attention(q, keys, values, dropout_p=dropout)
+    return F.scaled_dot_product_attention(q, mix_rows(k, E, mask), mix_rows(v, F_, mask), dropout_p=dropout)
 
 # %% ../nbs/00_ops.ipynb #11e8e4dc
 def ssd_recurrence(x:Tensor,  # (batch, length, heads, headdim)
@@ -100,8 +97,7 @@ def chunk_states(xdt:Tensor, B:Tensor, # as in `intra_chunk_output`
     "The state that each chunk adds by its own inputs"
     after = F.pad(a[...,1:], (0,1)).flip(-1).cumsum(-1).flip(-1) # sum of `a` after each position
     decayed = xdt * after.exp().transpose(1,2)[...,None]
-    groups,q = B.shape[1:3]
-    return B.mT @ decayed.reshape(len(B), q, groups, -1).transpose(1,2)
+    return B.mT @ decayed.unflatten(2, (B.shape[1],-1)).flatten(3).transpose(1,2)
 
 # %% ../nbs/00_ops.ipynb #b7b5bf61
 def pass_states(Z:Tensor,      # (batch, m, ...): state that each chunk adds
@@ -237,9 +233,7 @@ def causal_conv(x:Tensor,      # (batch, length, channels)
     one_step = state is not None and x.shape[1]==1
     x = F.pad(x, (0,0,before,0)) if state is None else torch.cat([state.to(x.dtype), x], 1)
     if one_step: y = depthwise_step(x, weight, bias)
-    else:
-        y = F.conv2d(x.mT[:,:,None], weight[:,:,None], bias, groups=len(weight))
-        y = y[:,:,0].mT
+    else: y = F.conv2d(x.mT[:,:,None], weight[:,:,None], bias, groups=len(weight))[:,:,0].mT
     return y,last_inputs(x, before, mask)
 
 # %% ../nbs/00_ops.ipynb #11901a12

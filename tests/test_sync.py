@@ -83,6 +83,9 @@ def test_notebook_reads_well(f):
     assert not any(re.search(r'\bshow_doc\b', s) for s in code)
     if f.stem!='index': assert re.match(r'# .+\n\n> .+', source(cells(f, 'markdown')[0])), 'begin with a title and one line that says what it is'
 
+@pytest.mark.parametrize('f', [f for f in (root/'cald').rglob('*.py') if f.name!='_modidx.py'], **ids)
+def test_module_has_at_most_300_lines(f): assert len(f.read_text(encoding='utf-8').splitlines())<=300
+
 machine = re.compile(r'/work/|/root/|/tmp/|/home/|/Users/') # a path that exists on one machine only
 
 def test_no_path_of_a_machine_in_the_tree():

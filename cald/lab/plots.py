@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['PAGE_WIDTH', 'COLOURS', 'NO_MODE', 'MARKERS', 'DASHES', 'OTHER_DASHES', 'TEXT', 'colour_of', 'marker_of', 'style_of',
-           'draw_panels', 'split_title', 'metric_label', 'log_axis', 'plot_modes', 'draw_curves', 'plot_curves']
+           'small_text', 'draw_panels', 'split_title', 'metric_label', 'log_axis', 'plot_modes', 'draw_curves',
+           'plot_curves']
 
 # %% ../../nbs/03e_plots.ipynb #9c1b141e
 import re
+from contextlib import contextmanager
 
 import matplotlib.pyplot as plt
 from matplotlib.ticker import LogLocator,MaxNLocator,NullFormatter
@@ -36,9 +38,17 @@ def style_of(row:str)->dict:
     face = 'white' if variant else colour
     return dict(color=colour, marker=marker_of(row), mfc=face, ls=DASHES.get(variant, OTHER_DASHES))
 
-# %% ../../nbs/03e_plots.ipynb #e9e650b1
 TEXT = {'font.size':8, 'axes.titlesize':9, 'axes.labelsize':8, 'legend.fontsize':8}
 
+@contextmanager
+def small_text():
+    "Text of the sizes in `TEXT` within the block; `plt.rc_context` would end interactive mode, too"
+    before = {k: plt.rcParams[k] for k in TEXT}
+    plt.rcParams.update(TEXT)
+    try: yield
+    finally: plt.rcParams.update(before)
+
+# %% ../../nbs/03e_plots.ipynb #e9e650b1
 def draw_panels(shown, # names of the tasks in the data
                 tasks:dict, height:float, columns:int):
     "A figure with a panel for each task in `shown`, in the order of `tasks`: figure, [(name, task, axes)]"
@@ -75,7 +85,7 @@ def log_axis(ax, which:str): # 'x' or 'y'
     axis.set_minor_formatter(NullFormatter())
 
 # %% ../../nbs/03e_plots.ipynb #e2c9d494
-@plt.rc_context(TEXT)
+@small_text()
 def plot_modes(summary, # columns mode, task, metric, mean, low, high, n, values
                tasks:dict): # name -> `Task`: `title` and `higher`
     "The test metric of every row: seeds, mean and 95 % interval"
@@ -114,7 +124,7 @@ def draw_curves(ax, g, higher:bool, until): # `g`: the rows of one task
     if steps.empty: return
     ax.axvline(until*steps.max(), **dotted, color=COLOURS['hybrid'], label='hybrid drops its teacher')
 
-@plt.rc_context(TEXT)
+@small_text()
 def plot_curves(curves, # columns task, mode, seed, step, value
                 tasks:dict, # name -> `Task`: `title` and `higher`
                 until:dict): # task -> fraction of the steps after which hybrid drops its teacher

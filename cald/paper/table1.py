@@ -18,6 +18,7 @@ from ..data.text import read_text_task
 from ..files import check_name
 from ..lab.experiment import Experiment,Task
 from ..lab.grid import cell,scale_settings,settings
+from ..lab.plots import split_title
 from ..lab.recipe import Recipe
 from ..lab.results import paper_numbers
 from ..pretrained import load_pretrained
@@ -232,7 +233,7 @@ def table4(tasks, scale:str, **overrides)->pd.DataFrame:
     for key,(name,column,*chosen_by) in HYPER.items():
         for t in tasks:
             ours = _hyper_parameters(t, scale, **overrides)[key]
-            title = Nlp.tasks[t].title.split(',')[0]
+            title = split_title(Nlp.tasks[t].title)[0]
             rows.append(dict(setting=name, task=t,
                              paper=published.get((title, column)) if column else None,
                              ours=f'{ours:.6g}' if isinstance(ours, float) else ours,
