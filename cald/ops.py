@@ -295,6 +295,6 @@ def selective_scan(u, dt, A, B, C, D=None, state=None, chunk:int=32)->tuple: # a
         y,S = mamba_ssm_kernels().scan(u, dt, A, B, C, D, return_last_state=True)
         return y.mT,S
     if u.device.type=='cpu':
-        from cald.ops_cpp import cpp_scan,scan_backend # here, because that notebook comes after this one
+        from cald.kernels.ops_cpp import cpp_scan,scan_backend # here: that notebook comes after this one
         if scan_backend()=='cpp': return cpp_scan(u, dt, A, B, C, D, state, chunk)
     return selective_scan_chunked(u, dt, A, B, C, D, state, chunk)

@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest, torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cald import ops,ops_cpp as scan
+from cald import ops
+from cald.kernels import ops_cpp as scan
 from cald.mixers import Bidirectional,Mamba
 from cald.ops import selective_scan,selective_scan_recurrence
-from cald.ops_cpp import cpp_scan,library,scan_backend
+from cald.kernels.ops_cpp import cpp_scan,library,scan_backend
 from common import BARE
 
 f64 = torch.float64
@@ -339,7 +340,7 @@ def test_a_compiler_that_hangs_times_out(cache, monkeypatch, tmp_path):
     assert lib is None and 'TimeoutExpired' in why and time.time()-start<20
 
 def test_without_it_torch_runs_and_the_reason_is_logged_once(monkeypatch, caplog):
-    caplog.set_level(logging.INFO, 'cald.ops_cpp')
+    caplog.set_level(logging.INFO, 'cald.kernels.ops_cpp')
     monkeypatch.setattr(scan, 'library', lambda: (None,'the reason'))
     a = inputs(l=40)
     for _ in range(3): torch.testing.assert_close(selective_scan(*a), selective_scan_recurrence(*a))
@@ -350,7 +351,7 @@ def test_without_it_torch_runs_and_the_reason_is_logged_once(monkeypatch, caplog
 
 @needs_cpp
 def test_the_backend_is_logged_once(monkeypatch, caplog):
-    caplog.set_level(logging.INFO, 'cald.ops_cpp')
+    caplog.set_level(logging.INFO, 'cald.kernels.ops_cpp')
     assert scan_backend()==scan_backend()=='cpp'
     monkeypatch.setenv('CALD_SCAN', 'torch')
     assert scan_backend()==scan_backend()=='torch'
@@ -363,13 +364,13 @@ def start(code, **env):
     return subprocess.Popen([sys.executable,'-c',code], env={**os.environ, 'OMP_NUM_THREADS':'1', 'PYTHONPATH':str(Path(scan.__file__).parents[1]), **env},
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
-ALONE = BARE+'from cald.ops_cpp import scan_backend; print(scan_backend())' # without the rest of the package
+ALONE = BARE+'from cald.kernels.ops_cpp import scan_backend; print(scan_backend())' # without the rest of the package
 
 def test_importing_builds_nothing_and_torch_runs_without_a_compiler(cache):
     p = start('''
 import os, torch, cald
 from cald.mixers import Mamba
-from cald.ops_cpp import build_folder
+from cald.kernels.ops_cpp import build_folder
 m = Mamba(16)
 assert not build_folder().exists()
 y = m(torch.randn(1, 40, 16)); y.sum().backward()

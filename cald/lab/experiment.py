@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 from fastcore.basics import patch
 
-from ..ablation import attention_shape_args,reinitialise,reuse_attention
+from .ablation import attention_shape_args,reinitialise,reuse_attention
 from ..convert import convert
 from ..distill import find_snapshots,seed_all
 from ..files import check_name
@@ -45,8 +45,8 @@ class Experiment:
     mixer = 'mamba2'                 # replaces attention
     rows = {m: {} for m in MODES}    # name -> `mode` (default: the name) and overrides, perhaps {task: value}
     modules = [f'cald.{m}' for m in (  # their code decides the result; a subclass adds its own, itself last
-        'ops scan_source ops_cpp mixers models convert ablation pretrained resume hidden_states losses '
-        'guidance trainer distill lab.recipe lab.experiment').split()]
+        'ops kernels.scan_source kernels.ops_cpp mixers models convert pretrained resume hidden_states '
+        'losses guidance trainer distill lab.ablation lab.recipe lab.experiment').split()]
     metrics = {}                     # metric -> name in the table
     record = 16                      # dev samples whose hidden states are recorded during training; 0: none
     processor = None                 # tells Trainer which field of a sample has the length
