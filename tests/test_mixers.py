@@ -11,7 +11,8 @@ from transformers import AutoModelForSequenceClassification, RobertaConfig, Robe
 from cald import mixers,ops
 from cald.convert import convert
 from cald.mixers import Bidirectional,LinformerProjection,Mamba,Mamba2,padding_mask,reverse_padded
-from cald.ops import (backend,causal_conv,linformer_attention,mix_rows,selective_scan,
+from cald.kernels.conv import causal_conv
+from cald.ops import (backend,linformer_attention,mix_rows,selective_scan,
                       selective_scan_recurrence,ssd,ssd_recurrence)
 
 LENGTHS = (1,2,63,64,65,255,257)
