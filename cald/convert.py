@@ -111,9 +111,9 @@ def layer_numbers(layers, # a number, several, or None for all
 # %% ../nbs/01_convert.ipynb #fedb427c
 INITS = ('fresh','attention')
 
-def converted_config(model, family:Family, to:str, layers, seed, init, # as in `convert`
-                     args:dict,                                        # of the mixer, as the user gives them
-                    ):
+def converted_config(model, family:Family, to:str, layers, seed, # as in `convert`
+                     args:dict,                                  # of the mixer, as the user gives them
+                     init:str='fresh'):
     "The configuration of the student of `model`"
     if init not in INITS: raise ValueError(f'unknown init {init!r}; known: {", ".join(INITS)}')
     student = family.students[type(model)]
@@ -200,7 +200,7 @@ def convert(model,               # of a class that `families` lists; it does not
             **args):             # arguments of the mixer
     "A new model for the task of `model`, with mixers in place of its attention and all other weights equal"
     family = family_of(model)
-    config = converted_config(model, family, to, layers, seed, init, args)
+    config = converted_config(model, family, to, layers, seed, args, init)
     student = build_student(config, model, family, seed)
     replaced = list(student.replacements)
     copy_weights(student, model, replaced)
