@@ -16,7 +16,6 @@ import pandas as pd
 import torch
 from fastcore.basics import patch
 from safetensors.torch import load_file,save
-from torch.utils.data import IterableDataset
 from transformers import default_data_collator,TrainingArguments
 
 from .calibrate import attention_pairs,calibrate,first,layer_errors,on_attention,run_layers,squares
@@ -56,6 +55,11 @@ def training_step(self:Aligner, model, inputs, num_items_in_batch=None):
     loss = torch.stack(losses).mean()
     self.step_losses['layers'] = self.step_losses.get('layers', 0)+loss
     return loss
+
+@patch
+def first_batches(self:Aligner, n:int)->list:
+    "The first `n` batches of the training data"
+    return [self._prepare_inputs(batch) for batch in islice(self.get_train_dataloader(), n)]
 
 # %% ../nbs/02c_align.ipynb #02b20002
 @patch
@@ -118,13 +122,6 @@ class Alignment:
             save_steps=every, save_total_limit=1, report_to='none', use_cpu=not torch.accelerator.is_available())
         return TrainingArguments(str(folder), **{**options, **kwargs})
 
-    def batches(self, data, collate, size:int)->list:
-        "The first `calibration` batches of `data`, of samples evenly spaced"
-        n = max(self.calibration, 1)*size
-        if isinstance(data, IterableDataset): rows = list(islice(data, n))
-        else: rows = [data[i*len(data)//n] for i in range(n)] if len(data)>n else list(data)
-        return [collate(rows[i:i+size]) for i in range(0, len(rows), size)]
-
 # %% ../nbs/02c_align.ipynb #02b20005
 @patch
 def run(self:Alignment, student, data, collate,
@@ -133,17 +130,13 @@ def run(self:Alignment, student, data, collate,
     "Align `student` and return the relative error of each layer before and after"
     folder = Path(args.output_dir)
     if resume and (folder/'aligned.json').exists(): return self.restore(student, folder)
-    student.to(args.device)
-    self.teacher.eval().to(args.device)
-    batches = self.batches(data, collate, args.per_device_train_batch_size)
-    batches = [{k: v.to(args.device) for k,v in b.items() if isinstance(v, torch.Tensor)} for b in batches]
+    trainer = Aligner(student, args, data, self.teacher, data_collator=collate, **kwargs)
+    batches = trainer.first_batches(max(self.calibration, 1))
     was_training = student.training
     errors = dict(before=layer_errors(student.eval(), self.teacher, batches))
     if self.calibration and not (resume and last_checkpoint(folder)): calibrate(student, self.teacher, batches)
     if self.steps and student.new_weights():
-        with only_mixers(student):
-            trainer = Aligner(student, args, data, self.teacher, data_collator=collate, **kwargs)
-            trainer.train(resume=resume)
+        with only_mixers(student): trainer.train(resume=resume)
     errors['after'] = layer_errors(student.eval(), self.teacher, batches)
     student.train(was_training)
     errors = pd.DataFrame(errors)

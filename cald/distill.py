@@ -6,12 +6,15 @@
 __all__ = ['by_item', 'count_items', 'Distiller', 'find_snapshots', 'ProgressLines', 'seed_all']
 
 # %% ../nbs/03_distill.ipynb #01be73c2
+from pathlib import Path
+
 import torch
 from fastcore.basics import patch
 from fastcore.meta import delegates
 from transformers import Trainer
 from .guidance import Guidance,Unguided
 from .hidden_states import complete_hidden_states,state_length,state_mask
+from .resume import last_checkpoint
 from .trainer import find_snapshots,ProgressLines,ResumableTrainer,seed_all
 
 # %% ../nbs/03_distill.ipynb #a3d0c001
@@ -40,6 +43,9 @@ class Distiller(ResumableTrainer):
                  guidance:Guidance=None,  # default: `Unguided()`
                  task_loss=None,          # function of (outputs, batch); default: the model's own `loss`
                  task_sum=False,          # True: the task loss is a sum over label items
+                 lr_new=None,             # peak learning rate of the mixers; None: that of all weights
+                 freeze=0.,               # fraction of the steps in which the mixers alone are trained
+                 align=None,              # an `Alignment` of `cald.align`, the first part of the run
                  snapshots=(),            # steps at which the model alone is saved, for `Waypoint`
                  nonfinite='raise',       # or 'skip': skip steps with a loss or gradient that is not finite
                  progress=None,           # 'bar', 'line' or 'none'; default: as in `ResumableTrainer`
@@ -48,6 +54,9 @@ class Distiller(ResumableTrainer):
         self.guidance = guidance or Unguided()
         self.task_loss = task_loss
         self.task_sum = task_sum
+        self.lr_new = lr_new
+        self.freeze = freeze
+        self.align = align
         self._check_arguments(kwargs.get('compute_loss_func'))
         self.model_accepts_loss_kwargs = False # losses are means over a micro-batch: Trainer averages them
         self._loss_sums = {} # name -> sum over the steps since the last log
@@ -65,6 +74,8 @@ def _check_arguments(self:Distiller, compute_loss_func):
         raise ValueError('compute_loss_func is not called: pass `task_loss`, a function of outputs and batch')
     if self.args.label_smoothing_factor:
         raise ValueError('label_smoothing_factor is not applied: pass a `task_loss` that smooths')
+    if (self.lr_new is not None or self.freeze) and not hasattr(self.model, 'new_weights'):
+        raise ValueError(f'lr_new and freeze are for converted models, not for a {type(self.model).__name__}')
     if by_item(self.guidance) and not self.task_sum:
         raise ValueError("a loss with per='item' needs task_sum=True")
     own_loss_is_mean = getattr(self.model.config, 'ctc_loss_reduction', 'sum')!='sum'
@@ -170,7 +181,32 @@ def check_finite(self:Distiller)->bool:
 def end_step(self:Distiller, control):
     "After a step of the optimizer: move the teacher, then save and stop as `ResumableTrainer` does"
     self.guidance.update(self.state.global_step)
+    if self.freeze: self._freeze_transferred()
     ResumableTrainer.end_step(self, control)
+
+# %% ../nbs/03_distill.ipynb #a3d0c102
+@patch
+def create_optimizer(self:Distiller, model=None):
+    "Trainer's optimizer; with `lr_new` the mixers have this rate"
+    if self.optimizer is not None or self.lr_new is None: return ResumableTrainer.create_optimizer(self, model)
+    optimizer = ResumableTrainer.create_optimizer(self, model)
+    new = set(self.model.new_weights())
+    mixers = {id(p) for name,p in self.model.named_parameters() if name in new}
+    for group in list(optimizer.param_groups):
+        moved = [p for p in group['params'] if id(p) in mixers]
+        group['params'] = [p for p in group['params'] if id(p) not in mixers]
+        if moved: optimizer.add_param_group({**group, 'params':moved, 'lr':self.lr_new})
+    return optimizer
+
+@patch
+def _freeze_transferred(self:Distiller):
+    "Stop or allow the training of the transferred weights, by the number of steps made"
+    if not hasattr(self, '_frozen'):
+        new = set(self.model.new_weights())
+        named = self.model.named_parameters()
+        self._frozen = [p for name,p in named if name not in new and p.requires_grad]
+    trained = self.state.global_step>=round(self.freeze*self.state.max_steps)
+    for p in self._frozen: p.requires_grad_(trained)
 
 # %% ../nbs/03_distill.ipynb #61ef556a
 @patch
@@ -181,6 +217,7 @@ def begin(self:Distiller):
     self._loss_sums = {}
     self._logged = self.state.global_step
     ResumableTrainer.begin(self)
+    if self.freeze: self._freeze_transferred()
 
 @patch
 def training_state(self:Distiller)->dict:
@@ -215,3 +252,21 @@ def log(self:Distiller, logs, start_time=None):
         self._loss_sums = {}
         self._logged = self.state.global_step
     ResumableTrainer.log(self, logs, start_time)
+
+# %% ../nbs/03_distill.ipynb #a3d0c103
+@patch
+def train(self:Distiller, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None, resume=False):
+    "Align the mixers if `align` was given, and train as `ResumableTrainer` does"
+    resumed = resume or bool(resume_from_checkpoint)
+    if self.align is not None and not (resumed and last_checkpoint(self.args.output_dir)): self._align(resumed)
+    return ResumableTrainer.train(self, resume_from_checkpoint, trial, ignore_keys_for_eval, resume)
+
+@patch
+def _align(self:Distiller, resume:bool):
+    "Run `align` in a folder of its own; `alignment_errors` has the errors of the layers before and after"
+    names = ('per_device_train_batch_size','gradient_accumulation_steps','seed','data_seed','bf16','fp16',
+             'use_cpu','remove_unused_columns','dataloader_num_workers','log_level')
+    options = {name: getattr(self.args, name) for name in names}
+    args = self.align.training_args(Path(self.args.output_dir)/'align', **options)
+    self.alignment_errors = self.align.run(self.model, self.train_dataset, self.data_collator, args, resume,
+                                           progress=self.progress)

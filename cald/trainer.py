@@ -99,6 +99,7 @@ class ResumableTrainer(Trainer):
         self._resume = None     # folder of the checkpoint that this run resumes from
         self._stopped = False   # was Ctrl-C pressed?
         if self.args.device.type=='cpu': self.args.dataloader_pin_memory = False
+        self.progress = progress
         self._set_progress(progress)
         self.add_callback(_Hooks(self))
 
