@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['attention_pairs', 'on_attention', 'first', 'run_layers', 'squares', 'layer_errors', 'eager_attention',
            'head_distances', 'attention_distances', 'calibrate_memory', 'inputs_of', 'output_features', 'set_output',
-           'directions', 'calibrate_output', 'calibrate']
+           'directions', 'calibrate_output', 'calibrate', 'prediction_distance', 'layer_effects', 'choose_layers',
+           'plot_layer_effects']
 
 # %% ../nbs/02b_calibrate.ipynb #02b10003
 from contextlib import contextmanager
@@ -13,8 +14,10 @@ from inspect import signature
 
 import pandas as pd
 import torch
+from tqdm import tqdm
 from transformers.utils import find_labels
 
+from .convert import convert,family_of
 from .hidden_states import state_mask
 from .init import set_memory
 from .mixers import Bidirectional,reverse_padded,zero_pads
@@ -168,3 +171,51 @@ def calibrate(student, teacher, batches):
     spec = student.config.cald
     if spec['to']=='mamba2' and spec.get('init')=='attention': calibrate_memory(student, teacher, batches)
     if spec['to'].startswith('mamba'): calibrate_output(student, teacher, batches)
+
+# %% ../nbs/02b_calibrate.ipynb #02b30001
+def prediction_distance(model, student, batch)->torch.Tensor:
+    "Mean divergence of the student's predictions from the model's, or relative error of the last states"
+    labels = find_labels(type(model))
+    inputs = {k: v for k,v in batch.items() if k not in labels}
+    theirs,ours = model(**inputs),student(**inputs)
+    if not hasattr(theirs, 'logits'):
+        target = theirs.last_hidden_state
+        difference,size = squares(ours.last_hidden_state, target, state_mask(model, batch, target.shape[1]))
+        return (difference/size).sqrt()
+    p,q = (out.logits.float().log_softmax(-1) for out in (theirs,ours))
+    divergence = (p.exp()*(p-q)).sum(-1)
+    if divergence.ndim==1: return divergence.mean()
+    return divergence[state_mask(model, batch, divergence.shape[1])].mean()
+
+@torch.no_grad()
+def layer_effects(model,          # a source; it does not change
+                  batches:list,   # inputs of the model, for calibration and measurement
+                  to:str='mamba2', seed:int=0, init:str='attention', **args # of `convert`
+                 )->pd.Series:    # indexed by layer
+    "The effect of converting each layer alone on the model's predictions"
+    was_training = model.training
+    model.eval()
+    effects = {}
+    for i in tqdm(range(len(family_of(model).attentions(model))), 'layers', disable=None):
+        student = convert(model, to, [i], seed, init, **args).eval()
+        calibrate(student, model, batches)
+        effects[i] = float(torch.stack([prediction_distance(model, student, b) for b in batches]).mean())
+    model.train(was_training)
+    return pd.Series(effects, name='effect').rename_axis('layer')
+
+def choose_layers(model, batches, keep:int, # layers that keep their attention
+                  effects=None,             # of `layer_effects`, if they are known
+                  **kwargs)->list:          # of `layer_effects`; returns the layers to convert
+    "All layers except the `keep` most sensitive ones; ValueError unless some remain on both sides"
+    effects = layer_effects(model, batches, **kwargs) if effects is None else effects
+    if not 0<keep<len(effects): raise ValueError(f'keep={keep}: give a number from 1 to {len(effects)-1}')
+    return sorted(effects.sort_values().index[:len(effects)-keep])
+
+def plot_layer_effects(effects, keep:int=0):
+    "A bar for the effect of each layer; the `keep` largest are dark"
+    import matplotlib.pyplot as plt
+    kept = set(effects.nlargest(keep).index)
+    fig,ax = plt.subplots(figsize=(5,2.5), layout='constrained')
+    ax.bar(effects.index, effects, color=['#3c3c3c' if i in kept else '#9aa0a6' for i in effects.index])
+    ax.set(xlabel='layer converted alone', ylabel='effect on the predictions', xticks=effects.index)
+    return fig
