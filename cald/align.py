@@ -119,7 +119,8 @@ class Alignment:
         options = dict(
             max_steps=self.steps, learning_rate=self.lr, warmup_steps=round(self.warmup*self.steps),
             lr_scheduler_type='linear', weight_decay=0., logging_steps=every, save_strategy='steps',
-            save_steps=every, save_total_limit=1, report_to='none', use_cpu=not torch.accelerator.is_available())
+            save_steps=every, save_total_limit=1, report_to='none', remove_unused_columns=False,
+            use_cpu=not torch.accelerator.is_available())
         return TrainingArguments(str(folder), **{**options, **kwargs})
 
 # %% ../nbs/02c_align.ipynb #02b20005

@@ -163,7 +163,7 @@ def calibrate_output(student, teacher, batches,
             sums[i] = [a+b for a,b in zip(sums.get(i, (0,0)), (f.mT@f, f.mT@t))]
         with on_attention(student, teacher, use): run_layers(teacher, batch)
     for i,(gram,moments) in sums.items():
-        penalty = ridge*gram.diagonal()[:-1].mean()*torch.eye(len(gram), device=gram.device)
+        penalty = (ridge*gram.diagonal()[:-1].mean()).clamp(min=1e-9)*torch.eye(len(gram)).to(gram)
         set_output(attention_pairs(student, teacher)[i][0].mixer, torch.linalg.solve(gram+penalty, moments))
 
 def calibrate(student, teacher, batches):
