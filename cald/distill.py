@@ -14,7 +14,6 @@ from fastcore.meta import delegates
 from transformers import Trainer
 from .guidance import Guidance,Unguided
 from .hidden_states import complete_hidden_states,state_length,state_mask
-from .resume import last_checkpoint
 from .trainer import find_snapshots,ProgressLines,ResumableTrainer,seed_all
 
 # %% ../nbs/03_distill.ipynb #a3d0c001
@@ -257,8 +256,7 @@ def log(self:Distiller, logs, start_time=None):
 @patch
 def train(self:Distiller, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None, resume=False):
     "Align the mixers if `align` was given, and train as `ResumableTrainer` does"
-    resumed = resume or bool(resume_from_checkpoint)
-    if self.align is not None and not (resumed and last_checkpoint(self.args.output_dir)): self._align(resumed)
+    if self.align is not None: self._align(resume or bool(resume_from_checkpoint))
     return ResumableTrainer.train(self, resume_from_checkpoint, trial, ignore_keys_for_eval, resume)
 
 @patch

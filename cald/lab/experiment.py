@@ -14,6 +14,8 @@ import torch
 from fastcore.basics import patch
 
 from .ablation import attention_shape_args,reinitialise,reuse_attention
+from ..align import Alignment
+from ..calibrate import choose_layers
 from ..convert import convert
 from ..distill import find_snapshots,seed_all
 from ..files import check_name
@@ -45,13 +47,14 @@ class Experiment:
     mixer = 'mamba2'                 # replaces attention
     rows = {m: {} for m in MODES}    # name -> `mode` (default: the name) and overrides, perhaps {task: value}
     modules = [f'cald.{m}' for m in (  # their code decides the result; a subclass adds its own, itself last
-        'ops kernels.scan_source kernels.ops_cpp mixers models convert pretrained resume hidden_states '
-        'losses guidance trainer distill lab.ablation lab.recipe lab.experiment').split()]
+        'ops kernels.scan_source kernels.ops_cpp kernels.conv mixers models init convert calibrate align '
+        'pretrained resume hidden_states losses guidance trainer distill '
+        'lab.ablation lab.recipe lab.experiment').split()]
     metrics = {}                     # metric -> name in the table
     record = 16                      # dev samples whose hidden states are recorded during training; 0: none
     processor = None                 # tells Trainer which field of a sample has the length
     student = ('lr_student','steps_student','alpha','alpha_output','until','loss','norm','teacher_train',
-               'init','reset','reuse')  # settings that standard models do not use
+               'init','reset','reuse','start','lr_mixers','align','lr_align','keep')  # not of standard models
 
     def read(self, tasks, **kwargs)->dict: raise NotImplementedError # task -> checked data with its `hash`
     def labels(self, data, task): raise NotImplementedError # describes the labels for the heads
@@ -82,7 +85,9 @@ def standard_run(self:Experiment, c, store, data):
 
 # %% ../../nbs/03g_experiment.ipynb #1c6d09d7
 @patch
-def ready(self:Experiment, c, r:Recipe, labels, standard=None # folder of the standard run
+def ready(self:Experiment, c, r:Recipe, labels,
+          standard=None, # folder of the standard run
+          batches=()     # of the training data, to choose the layers by
          )->tuple: # model, guidance
     "The model that cell `c` trains, and its guidance"
     seed_all(c.seed)
@@ -91,6 +96,10 @@ def ready(self:Experiment, c, r:Recipe, labels, standard=None # folder of the st
     target = self.load(standard/'model')
     start = source if start_from(c.mode, r.init)=='source' else target
     args = attention_shape_args(start.config) if r.reuse else self.mixer_args(c.mixer, r)
+    args = dict(args, init=r.start)
+    if r.keep:
+        keep = max(1, round(r.keep*start.config.num_hidden_layers))
+        args['layers'] = choose_layers(target, batches, keep, to=c.mixer, seed=c.seed, **args)
     student = self.prepared(convert(start, to=c.mixer, seed=c.seed, **args))
     if r.reuse=='weights': reuse_attention(student, start)
     if r.reset: reinitialise(student, r.reset, c.seed)
@@ -111,7 +120,9 @@ def draw_share(ds, share:float, seed:int):
 
 # %% ../../nbs/03g_experiment.ipynb #7076d329
 @patch
-def make_trainer(self:Experiment, c, r:Recipe, run, model, guidance, sets:dict, labels)->TableDistiller:
+def make_trainer(self:Experiment, c, r:Recipe, run, model, guidance, sets:dict, labels,
+                 target=None, # teacher of the alignment
+                )->TableDistiller:
     "The Trainer of cell `c`; `sets` are its data sets by split"
     lr,steps = r.of(c.mode)
     args = training_args(r, self.tasks[c.task], run.folder/'train', c.seed, lr, steps)
@@ -119,8 +130,12 @@ def make_trainer(self:Experiment, c, r:Recipe, run, model, guidance, sets:dict, 
     snapshots = range(every, steps+1, every) if c.mode=='standard' else ()
     total = dict(total=True) if loss_preset(r.loss).per=='item' else {} # then the task loss is a sum, too
     task_loss = self.task_loss(model, labels, **total)
+    converted = {}
+    if c.mode!='standard':
+        converted['lr_new'] = r.lr_mixers or None
+        converted['align'] = Alignment(target, r.align, r.lr_align) if r.align else None
     trainer = TableDistiller(
-        model, args, sets['train'], guidance, task_loss, task_sum=bool(total), snapshots=snapshots,
+        model, args, sets['train'], guidance, task_loss, task_sum=bool(total), snapshots=snapshots, **converted,
         judge=self.judge, floor=r.floor if r.decay=='exponential' else None, eval_dataset=sets['dev'],
         data_collator=self.collate, processing_class=self.processor, progress='none')
     trainer.add_callback(LogTo(run))
@@ -137,13 +152,17 @@ def train_cell(self:Experiment, c, run, data, store)->dict:
     task = self.tasks[c.task]
     standard = self.standard_run(c, store, data)
     labels = self.labels(data, task)
-    model,guidance = self.ready(c, r, labels, standard and standard.folder)
     sets = {split: self.part(data, task, split) for split in ('train','dev','test')}
     if r.train_share<1: sets['train'] = draw_share(sets['train'], r.train_share, c.seed)
+    few = evenly_spaced(sets['train'], 16*r.batch) if r.keep else []
+    batches = [self.collate(few[i:i+r.batch]) for i in range(0, len(few), r.batch)]
+    model,guidance = self.ready(c, r, labels, standard and standard.folder, batches)
     result = {}
     if r.of(c.mode)[1]:
-        trainer = self.make_trainer(c, r, run, model, guidance, sets, labels)
+        target = self.load(standard.folder/'model') if standard and r.align else None
+        trainer = self.make_trainer(c, r, run, model, guidance, sets, labels, target)
         trainer.train(resume=True)
+        if target: result['align_error'] = float(trainer.alignment_errors.after.mean())
         result[f'dev_{task.metric}'] = trainer.state.best_metric
         result['best_step'] = trainer.state.best_global_step
     result |= self.judge(model, sets['test'])

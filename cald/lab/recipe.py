@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from transformers import TrainerCallback,TrainingArguments
 
+from ..convert import INITS
 from ..distill import Distiller
 from ..files import check_name
 from ..guidance import Hybrid,Target,Trajectory,Unguided,Waypoint
@@ -48,7 +49,16 @@ class Recipe:
     train_share:float=1.   # of the training samples, drawn by the seed
     reset:str=''           # part of the converted model that is re-initialised
     reuse:str=''           # 'shape': mixers as wide as the attention; 'weights': with its projections, too
-    def __post_init__(self): check_name(self.reuse, ['','shape','weights'], 'way to reuse attention')
+    start:str='fresh'      # of the mixers: `init` of `convert`
+    lr_mixers:float=0.     # peak learning rate of the mixers; 0: that of a converted model
+    align:int=0            # steps of alignment before the first step of a converted model; see `02c_align`
+    lr_align:float=4e-3    # their peak learning rate
+    keep:float=0.          # share of the layers of a converted model that keep their attention
+
+    def __post_init__(self):
+        check_name(self.reuse, ['','shape','weights'], 'way to reuse attention')
+        check_name(self.start, INITS, 'start')
+        if not 0<=self.keep<1: raise ValueError(f'keep={self.keep}: give a share from 0 to less than 1')
 
     def of(self, mode:str)->tuple:
         "Learning rate and steps of a model of `mode`"

@@ -81,7 +81,8 @@ class Speech(Experiment):
         return load_wav2vec2(c.source, labels, r.random, **dropouts, **masks)
 
     def mixer_args(self, mixer, r):
-        return dict(d_state=r.d_state, headdim=r.headdim, expand=1) if mixer=='mamba2' else {}
+        if mixer!='mamba2' or r.start=='attention': return {} # the sizes of the attention
+        return dict(d_state=r.d_state, headdim=r.headdim, expand=1)
 
     def table(self, results, row='row'):
         s = super().table(results, row)
