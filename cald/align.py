@@ -126,12 +126,15 @@ class Alignment:
 # %% ../nbs/02c_align.ipynb #02b20005
 @patch
 def run(self:Alignment, student, data, collate,
-        args, # of `training_args`
-        resume:bool=False, **kwargs)->pd.DataFrame: # columns before, after; `kwargs` are of `Aligner`
+        folder,            # for checkpoints and the result
+        resume:bool=False, # from `folder`
+        progress=None,     # as in `ResumableTrainer`
+        **kwargs)->pd.DataFrame: # columns before, after; `kwargs` are of `TrainingArguments`
     "Align `student` and return the relative error of each layer before and after"
-    folder = Path(args.output_dir)
+    folder = Path(folder)
     if resume and (folder/'aligned.json').exists(): return self.restore(student, folder)
-    trainer = Aligner(student, args, data, self.teacher, data_collator=collate, **kwargs)
+    args = self.training_args(folder, **kwargs)
+    trainer = Aligner(student, args, data, self.teacher, data_collator=collate, progress=progress)
     batches = trainer.first_batches(max(self.calibration, 1))
     was_training = student.training
     errors = dict(before=layer_errors(student.eval(), self.teacher, batches))
@@ -173,5 +176,5 @@ def align(student,           # a converted model; its mixers change
     "Align `student` with `teacher`; the relative error of each layer before and after"
     alignment = Alignment(teacher, steps, lr, calibration=calibration)
     with tempfile.TemporaryDirectory() as tmp:
-        args = alignment.training_args(folder or tmp, per_device_train_batch_size=batch, seed=seed, **kwargs)
-        return alignment.run(student, data, collate, args, resume, progress=progress)
+        return alignment.run(student, data, collate, folder or tmp, resume, progress, seed=seed,
+                             per_device_train_batch_size=batch, **kwargs)

@@ -265,6 +265,6 @@ def _align(self:Distiller, resume:bool):
     names = ('per_device_train_batch_size','gradient_accumulation_steps','seed','data_seed','bf16','fp16',
              'use_cpu','remove_unused_columns','dataloader_num_workers','log_level')
     options = {name: getattr(self.args, name) for name in names}
-    args = self.align.training_args(Path(self.args.output_dir)/'align', **options)
-    self.alignment_errors = self.align.run(self.model, self.train_dataset, self.data_collator, args, resume,
-                                           progress=self.progress)
+    folder = Path(self.args.output_dir)/'align'
+    self.alignment_errors = self.align.run(self.model, self.train_dataset, self.data_collator, folder, resume,
+                                           self.progress, **options)
