@@ -190,7 +190,9 @@ def prediction_distance(model, student, batch)->torch.Tensor:
 @torch.no_grad()
 def layer_effects(model,          # a source; it does not change
                   batches:list,   # inputs of the model, for calibration and measurement
-                  to:str='mamba2', seed:int=0, init:str='attention', **args # of `convert`
+                  to:str='mamba2', seed:int=0, init:str='attention',
+                  prepare=None,   # called with each converted model, returns the one to measure
+                  **args          # of `convert`, as `to`, `seed` and `init`
                  )->pd.Series:    # indexed by layer
     "The effect of converting each layer alone on the model's predictions"
     was_training = model.training
@@ -198,6 +200,7 @@ def layer_effects(model,          # a source; it does not change
     effects = {}
     for i in tqdm(range(len(family_of(model).attentions(model))), 'layers', disable=None):
         student = convert(model, to, [i], seed, init, **args).eval()
+        if prepare: student = prepare(student)
         calibrate(student, model, batches)
         effects[i] = float(torch.stack([prediction_distance(model, student, b) for b in batches]).mean())
     model.train(was_training)

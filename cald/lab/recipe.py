@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from transformers import TrainerCallback,TrainingArguments
 
+from ..align import Alignment
 from ..convert import INITS
 from ..distill import Distiller
 from ..files import check_name
@@ -49,21 +50,31 @@ class Recipe:
     train_share:float=1.   # of the training samples, drawn by the seed
     reset:str=''           # part of the converted model that is re-initialised
     reuse:str=''           # 'shape': mixers as wide as the attention; 'weights': with its projections, too
-    start:str='fresh'      # of the mixers: `init` of `convert`
-    lr_mixers:float=0.     # peak learning rate of the mixers; 0: that of a converted model
-    align:int=0            # steps of alignment before the first step of a converted model; see `02c_align`
-    lr_align:float=4e-3    # their peak learning rate
+    start:str='fresh'      # of the mixers: `init` of `convert`; 'attention' is calibrated on training data
+    aligned:bool=False     # align the mixers before the first step; see `02c_align`
+    align:int=150          # steps of the alignment
+    lr_align:float=4e-3    # its peak learning rate
+    rates:str='one'        # 'one': `lr_student` for all weights; 'two': the next two
+    lr_transferred:float=1e-4 # peak learning rate of transferred weights
+    lr_mixers:float=1e-3   # peak learning rate of the mixers
     keep:float=0.          # share of the layers of a converted model that keep their attention
 
     def __post_init__(self):
         check_name(self.reuse, ['','shape','weights'], 'way to reuse attention')
         check_name(self.start, INITS, 'start')
+        check_name(self.rates, ['one','two'], 'kind of rates')
         if not 0<=self.keep<1: raise ValueError(f'keep={self.keep}: give a share from 0 to less than 1')
 
     def of(self, mode:str)->tuple:
         "Learning rate and steps of a model of `mode`"
         if mode=='standard': return self.lr,self.steps
-        return self.lr_student,self.steps_student or self.steps
+        lr = self.lr_student if self.rates=='one' else self.lr_transferred
+        return lr,self.steps_student or self.steps
+
+    def alignment(self, teacher)->Alignment: # None if mixers start as they are
+        "The first part of the training of a converted model"
+        if self.aligned: return Alignment(teacher, self.align, self.lr_align)
+        return Alignment(teacher, 0) if self.start=='attention' else None
 
 # %% ../../nbs/03f_recipe.ipynb #adcbfe2b
 MODES = ['standard','unguided','target','trajectory','waypoint','hybrid']

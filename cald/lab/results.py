@@ -175,8 +175,8 @@ def compare_with_committed(name, df, folder=None)->pd.DataFrame:
     "The means of summary `df` next to those of `folder`/`name`.csv, and the interval that holds each"
     f = Path(folder or out_folder())/f'{name}.csv'
     if not f.exists(): raise FileNotFoundError(f'{f} does not exist: no committed result to compare with')
-    by = [c for c in df if c not in ('mean','low','high','n','values')]
-    committed = pd.read_csv(f).drop(columns='values', errors='ignore')
+    by = [c for c in df if c not in ('mean','low','high','n','values','kept')]
+    committed = pd.read_csv(f).drop(columns=['values','kept'], errors='ignore')
     both = df[by+['mean','n']].merge(committed, 'left', by, suffixes=('','_committed'))
     half = both.high-both.mean_committed
     prediction = half*(1+both.n_committed/both.n)**.5

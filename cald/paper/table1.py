@@ -16,7 +16,7 @@ from transformers import AutoModelForSequenceClassification
 # %% ../../nbs/06_nlp.ipynb #3c6bd881
 from ..data.text import read_text_task
 from ..files import check_name
-from ..lab.experiment import Experiment,Task
+from ..lab.experiment import Experiment,STARTED,Task
 from ..lab.grid import cell,scale_settings,settings
 from ..lab.plots import split_title
 from ..lab.recipe import Recipe
@@ -58,7 +58,8 @@ CHOSEN = dict( # scale -> mode -> task -> learning rate of the students
 SEARCH_SEED = 1000 # used by the search alone
 
 # %% ../../nbs/06_nlp.ipynb #1299902e
-_smoke = dict(steps=4, batch=8, lr=1e-3, lr_student=1e-3, alpha=1., evals=2, k=4, length=32, dropout=0.)
+_smoke = dict(steps=4, batch=8, lr=1e-3, lr_student=1e-3, alpha=1., evals=2, k=4, length=32, dropout=0.,
+              align=2)
 
 _demo = dict(batch=16, steps_student=500, alpha=10., dropout=0., evals=5, k=16, length=128, warmup=.1,
              weight_decay=0.)
@@ -101,7 +102,8 @@ class Nlp(Experiment):
         'trajectory': {},
         'waypoint': {},
         'hybrid': {},
-        'random weights': dict(mode='unguided', init='source', random_student=True)}
+        'random weights': dict(mode='unguided', init='source', random_student=True),
+        **STARTED}
     modules = [*Experiment.modules, 'cald.tasks.text', 'cald.paper.table1']
     metrics = dict(accuracy='accuracy', f1='F1')
     student = (*Experiment.student, 'k', 'share', 'lr_teacher', 'cycle', 'random_student')
@@ -194,7 +196,7 @@ def with_baseline(self:Nlp, summary, # of `table`
             if metric not in scores or (metric=='f1' and task!='qqp'): continue
             value = scores[metric]
             rows.append(dict(mode=BASELINE, task=task, metric=self.metrics[metric], mean=value, low=nan,
-                             high=nan, n=1, values=f'{value:.6g}'))
+                             high=nan, n=1, values=f'{value:.6g}', kept=None))
     return pd.concat([summary, pd.DataFrame(rows)[list(summary)]], ignore_index=True)
 
 # %% ../../nbs/06_nlp.ipynb #4902bf2b

@@ -15,7 +15,7 @@ from fastcore.basics import patch
 from transformers import AutoModelForCausalLM,AutoTokenizer
 from ..data.tables import DataError
 from ..files import digest,hash_files
-from ..lab.experiment import Experiment,Task
+from ..lab.experiment import Experiment,STARTED,Task
 from ..lab.grid import cell,scale_settings,settings
 from ..lab.recipe import Recipe
 from ..pretrained import find_source,load_pretrained
@@ -39,7 +39,7 @@ class LmRecipe(Recipe):
 
 # %% ../../nbs/07_lm.ipynb #0b51215b
 _smoke = dict(batch=4, lr_student=1e-3, alpha=1., evals=2, train_rows=64, length=32, dev_rows=8, test_rows=16,
-              d_state=4)
+              d_state=4, align=2)
 _demo = dict(batch=16, lr_student=2e-3, alpha=100., evals=5, train_rows=3200, test_rows=500, length=128,
              warmup=.06, decay='cosine', weight_decay=.01)
 _paper = dict(batch=8, accumulate=16, lr_student=3e-4, alpha=15., loss='paper-lm', evals=40,
@@ -70,7 +70,8 @@ class Lm(Experiment):
     tasks = {n: Task(n, f'{n}, perplexity', 'perplexity', False) for n in _steps}
     recipe = LmRecipe
     mixer = 'mamba'
-    rows = {'standard':{}, 'unguided':{}, 'target':{}, 'hybrid':{}, 'random weights':_random}
+    rows = {'standard':{}, 'unguided':{}, 'target':{}, 'hybrid':{}, 'random weights':_random,
+            **{row: {**changes, 'mixer':'mamba2'} for row,changes in STARTED.items()}}
     modules = [*Experiment.modules, 'cald.data.tokens', 'cald.tasks.lm', 'cald.paper.table2']
     metrics = dict(perplexity='perplexity', bits='bits per byte')
     student = (*Experiment.student, 'd_state', 'd_inner', 'dt_rank', 'random_student')

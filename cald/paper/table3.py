@@ -33,7 +33,7 @@ class SpeechRecipe(Recipe):
     keep_frames:bool=True  # compute the front end once
 
 # %% ../../nbs/05_speech.ipynb #88d83adb
-_smoke = dict(steps=4, batch=4, lr=1e-3, lr_student=1e-3, alpha=1., evals=2, d_state=8, headdim=8)
+_smoke = dict(steps=4, batch=4, lr=1e-3, lr_student=1e-3, alpha=1., evals=2, d_state=8, headdim=8, align=2)
 _demo = dict(batch=8, lr=1.5e-3, lr_student=2e-3, alpha=10., dropout=0., evals=5)
 _paper = dict(steps=90_000, lr=3e-4, lr_student=3e-4, evals=9, warmup=5/90, decay='exponential', floor=5e-3,
               dropout=.2, mask_time=.1, min_masks=2, loss='paper-speech', teacher_train=True,
