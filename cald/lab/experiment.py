@@ -104,11 +104,11 @@ def ready(self:Experiment, c, r:Recipe, labels,
     target = self.load(standard/'model')
     start = source if start_from(c.mode, r.init)=='source' else target
     args = attention_shape_args(start.config) if r.reuse else self.mixer_args(c.mixer, r)
-    args = dict(args, init=r.start)
+    args = dict(args, to=c.mixer, seed=c.seed, init=r.start)
     if r.keep:
         keep = max(1, round(r.keep*start.config.num_hidden_layers))
-        args['layers'] = choose_layers(target, batches, keep, to=c.mixer, seed=c.seed, prepare=self.prepared, **args)
-    student = self.prepared(convert(start, to=c.mixer, seed=c.seed, **args))
+        args['layers'] = choose_layers(target, batches, keep, prepare=self.prepared, **args)
+    student = self.prepared(convert(start, **args))
     if r.reuse=='weights': reuse_attention(student, start)
     if r.reset: reinitialise(student, r.reset, c.seed)
     waypoints = find_snapshots(standard/'train')

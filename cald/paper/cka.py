@@ -17,7 +17,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 # %% ../../nbs/08_cka.ipynb #337c704e
-from . import table1,table3
+from . import table1,table2,table3
+from ..tasks.lm import smoke_gpt_neox
 from ..tasks.text import smoke_roberta
 from ..lab.experiment import evenly_spaced
 from ..lab.plots import PAGE_WIDTH
@@ -168,6 +169,7 @@ def matched(res:CKA)->pd.DataFrame:
 
 # %% ../../nbs/08_cka.ipynb #d3edb375
 KINDS = dict(text=(table1.Nlp, table1.SOURCES, smoke_roberta),
+             lm=(table2.Lm, table2.SOURCES, smoke_gpt_neox),
              speech=(table3.Speech, table3.SOURCES, table3.smoke_wav2vec2))
 
 @dataclass
@@ -187,7 +189,7 @@ class Study:
         grid_args |= dict(steps=steps or None, steps_student=steps or None)
         return self.exp.train(self.data_args, grid_args, self.data, self.store, retrain, workers)
 
-def read_study(kind:str, # 'text' or 'speech'
+def read_study(kind:str, # of `KINDS`
                tasks, modes, seeds, scale, source='', runs='',
                **kwargs, # of `train`
               )->Study:
