@@ -20,7 +20,7 @@ from tqdm import tqdm
 from . import table1,table2,table3
 from ..tasks.lm import smoke_gpt_neox
 from ..tasks.text import smoke_roberta
-from ..lab.experiment import evenly_spaced
+from ..lab.recipe import evenly_spaced
 from ..lab.plots import PAGE_WIDTH
 from ..lab.recipe import start_from
 from ..files import cache_folder,check_name

@@ -61,14 +61,14 @@ SEARCH_SEED = 1000 # used by the search alone
 _smoke = dict(steps=4, batch=8, lr=1e-3, lr_student=1e-3, alpha=1., evals=2, k=4, length=32, dropout=0.,
               align=2)
 
-_demo = dict(batch=16, steps_student=500, alpha=10., dropout=0., evals=5, k=16, length=128, warmup=.1,
+_demo = dict(batch=16, steps_student=500, alpha=10., dropout=0., evals=5, k=64, length=128, warmup=.1,
              weight_decay=0.)
-_pairs = dict(steps=700, steps_student=450, length=48)
+_pairs = dict(steps=700, steps_student=450, length=48, k=24)
 _demo_task = dict(
     qnli=dict(_pairs, lr=3e-4),
     qqp=dict(_pairs, lr=2e-4),
     sst2=dict(steps=800, lr=5e-4),
-    imdb=dict(steps=300, steps_student=160, lr=3e-4, length=256, batch=8, evals=4))
+    imdb=dict(steps=300, steps_student=160, lr=3e-4, length=256, k=128, batch=8, evals=4))
 
 _paper = dict(batch=16, accumulate=2, lr=3e-5, alpha=1., evals=40, waypoints=10, loss='paper-nlp',
               teacher_train=True, warmup=.06, weight_decay=0.)
@@ -103,7 +103,9 @@ class Nlp(Experiment):
         'waypoint': {},
         'hybrid': {},
         'random weights': dict(mode='unguided', init='source', random_student=True),
-        **STARTED}
+        **STARTED,
+        'target, aligned, k 64': dict(STARTED['target, aligned'], k=64),
+        'target, aligned, Mamba2': dict(STARTED['target, aligned'], mixer='mamba2', steps_student=1200)}
     modules = [*Experiment.modules, 'cald.tasks.text', 'cald.paper.table1']
     metrics = dict(accuracy='accuracy', f1='F1')
     student = (*Experiment.student, 'k', 'share', 'lr_teacher', 'cycle', 'random_student')

@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 from .cka import panels,Study
 from ..distill import find_snapshots
-from ..lab.experiment import evenly_spaced
+from ..lab.recipe import evenly_spaced
 from ..lab.plots import colour_of,marker_of
 from ..hidden_states import collect_states,read_record,state_paths
 
