@@ -17,7 +17,7 @@ from fastcore.basics import patch
 from torch import nn,Tensor
 
 # %% ../nbs/00d_mixers.ipynb #e38b6166
-from .kernels.conv import causal_conv
+from .kernels.conv import conv_silu
 from .ops import selective_scan,selective_scan_recurrence,ssd,ssd_recurrence,upcast
 
 # %% ../nbs/00d_mixers.ipynb #757ffce4
@@ -162,8 +162,8 @@ def short_conv(conv1d, x, mask, state)->tuple: # as `x`; next window; the scan's
     "SiLU of the convolution of `x`, which continues from the window in `state`"
     window,S = state or MixerState()
     window_mask = None if state is None else mask # without a state nothing reads the next window
-    x,window = causal_conv(x, conv1d.weight, conv1d.bias, window, window_mask)
-    return F.silu(x),window,S
+    x,window = conv_silu(x, conv1d.weight, conv1d.bias, window, window_mask)
+    return x,window,S
 
 @patch
 def mix(self:Mamba2, x, mask=None, state=None)->tuple: # as in `Recurrent.forward`

@@ -56,10 +56,10 @@ def processor()->str:
     features = re.findall(r'^(?:model name|flags|CPU part|Features)\s*:.*', text, re.M)
     return '\n'.join([sys.platform, platform.machine(), platform.processor(), *sorted(set(features))])
 
-def built_file()->Path:
-    "The path of the library for this processor, built or not"
-    key = '\n'.join([SOURCE, *FLAGS, torch.__version__, processor()])
-    return build_folder()/f'scan-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so'
+def built_file(source:str=None, name:str='scan')->Path:
+    "The path of the library of `source` (of the scan if None) for this processor, built or not"
+    key = '\n'.join([source or SOURCE, *FLAGS, torch.__version__, processor()])
+    return build_folder()/f'{name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so'
 
 # %% ../../nbs/00b_ops_cpp.ipynb #d1b3f489
 def compiler()->list:
@@ -86,16 +86,17 @@ def compile_source(cxx:list, folder, limit:float): # compiler, folder with scan.
         errors += lines[:1] or [f'{cxx[0]} ended with {run.returncode}']
     raise RuntimeError(f'the build failed: {errors[0]}')
 
-def build(path:Path, limit:float=300.): # seconds that one run of the compiler may take
-    "Compile the source to `path`; OSError, RuntimeError or subprocess.TimeoutExpired if that fails"
+def build(path:Path, limit:float=300., # seconds that one run of the compiler may take
+          source:str=None, what:str='selective scan'):
+    "Compile `source` to `path`; OSError, RuntimeError or subprocess.TimeoutExpired if that fails"
     cxx = compiler()
-    message = 'cald: building the selective scan for this processor, once; it takes some seconds'
+    message = f'cald: building the {what} for this processor, once; it takes some seconds'
     if sys.stderr: print(message, file=sys.stderr, flush=True)
     path.parent.mkdir(parents=True, exist_ok=True)
     for old in path.parent.glob('build-*'): # left by builds that were killed
         if time.time()-old.stat().st_mtime > 24*3600: shutil.rmtree(old, ignore_errors=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix='build-') as tmp:
-        (Path(tmp)/'scan.cpp').write_text(SOURCE)
+        (Path(tmp)/'scan.cpp').write_text(source or SOURCE)
         compile_source(cxx, tmp, limit)
         os.replace(Path(tmp)/'scan.so', path)
 
