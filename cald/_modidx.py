@@ -516,6 +516,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'cald.lab.results.provenance': ('results.html#provenance', 'cald/lab/results.py'),
                                   'cald.lab.results.reason_to_keep': ('results.html#reason_to_keep', 'cald/lab/results.py'),
                                   'cald.lab.results.result_name': ('results.html#result_name', 'cald/lab/results.py'),
+                                  'cald.lab.results.seeds_note': ('results.html#seeds_note', 'cald/lab/results.py'),
                                   'cald.lab.results.summarise': ('results.html#summarise', 'cald/lab/results.py'),
                                   'cald.lab.results.to_markdown': ('results.html#to_markdown', 'cald/lab/results.py'),
                                   'cald.lab.results.unique_values': ('results.html#unique_values', 'cald/lab/results.py'),
