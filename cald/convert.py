@@ -84,9 +84,10 @@ def check_args(args:dict):
     "ValueError for an argument of a mixer that has the wrong type, or is out of its range"
     for names,fits,wanted in _rules:
         for name in names.split():
-            if name in args and not fits(args[name]): raise ValueError(f'{name}={args[name]!r}: give {wanted}')
-    if 'dt_min' in args and args['dt_min']>args['dt_max']:
-        raise ValueError(f"dt_min={args['dt_min']} is above dt_max={args['dt_max']}: give the smaller one first")
+            if name not in args or fits(args[name]): continue
+            raise ValueError(f'{name}={args[name]!r}: give {wanted}')
+    low,high = args.get('dt_min', 0),args.get('dt_max', 0)
+    if low>high: raise ValueError(f'dt_min={low} is above dt_max={high}')
 
 
 # %% ../nbs/01_convert.ipynb #c0a10014
@@ -106,7 +107,7 @@ def mixer_args(to:str,         # of `MIXERS`
         raise TypeError(f'{to} for {family.name} has no argument {min(unknown)!r}; known: {known}')
     check_args(args)
     d_inner = args.get('d_inner') or int(args.get('expand', 1)*config.hidden_size)
-    if not d_inner: raise ValueError(f"expand={args['expand']} x d_model={config.hidden_size}: no inner width")
+    if not d_inner: raise ValueError(f"expand={args['expand']}: no width from d_model={config.hidden_size}")
     if to=='mamba2' and 'headdim' not in given: args['headdim'] = fit_headdim(d_inner)
     if to=='linformer' and args['max_length'] is None:
         raise TypeError(f'linformer for {family.name} needs max_length, the longest input in positions')
@@ -152,7 +153,8 @@ def check_spec(config):
     spec = getattr(config, 'cald', None)
     if not spec: raise ValueError('no `cald` in the configuration; `convert` adds it')
     try:
-        if missing := sorted({'family','to','layers','args'}-spec.keys()): raise ValueError(f'no {missing[0]!r}')
+        missing = sorted({'family','to','layers','args'}-spec.keys())
+        if missing: raise ValueError(f'no {missing[0]!r}')
         family = FAMILIES[check_name(spec['family'], FAMILIES, 'family')]
         layer_numbers(spec['layers'], config.num_hidden_layers)
         mixer_args(spec['to'], family, config, spec['args'])

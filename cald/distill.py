@@ -188,8 +188,9 @@ def end_step(self:Distiller, control):
 @patch
 def create_optimizer(self:Distiller, model=None):
     "Trainer's optimizer; with `lr_new` the mixers have this rate"
-    if self.optimizer is not None or self.lr_new is None: return ResumableTrainer.create_optimizer(self, model)
+    existing = self.optimizer
     optimizer = ResumableTrainer.create_optimizer(self, model)
+    if existing is not None or self.lr_new is None: return optimizer
     new = set(self.model.new_weights())
     mixers = {id(p) for name,p in self.model.named_parameters() if name in new}
     for group in list(optimizer.param_groups):

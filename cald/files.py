@@ -69,7 +69,7 @@ def check_type(x,
 
 # %% ../nbs/00f_files.ipynb #00f10020
 def check_share(x, name:str):
-    "Return `x` if it is a fraction from 0 to 1 (float) or a number of steps (int). Raises ValueError otherwise"
+    "Return `x` if it is a fraction from 0 to 1 (float), or a number of steps (int). Else raises ValueError"
     fraction = isinstance(x, float) and 0<=x<=1
     steps = isinstance(x, Integral) and not isinstance(x, bool) and x>=0
     if fraction or steps: return x

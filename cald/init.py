@@ -19,7 +19,7 @@ from .mixers import Bidirectional,LinformerProjection,Mamba2
 
 # %% ../nbs/00h_init.ipynb #00f10006
 Linear = namedtuple('Linear', 'weight bias') # (out, in), (out,)
-Projections = namedtuple('Projections', 'q k v o') # four `Linear`; `o` is None if the layer projects elsewhere
+Projections = namedtuple('Projections', 'q k v o') # four `Linear`; `o` is None if it is outside the module
 
 _names = dict(q=('q_proj','query','q_lin','linear_q'), k=('k_proj','key','k_lin','linear_k'),
               v=('v_proj','value','v_lin','linear_v'),

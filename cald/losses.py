@@ -177,8 +177,8 @@ def check_after(after, before)->HiddenLoss:
     as_loss(after)
     if before is None: raise ValueError('a loss `after` the switch needs a guidance with a loss before it')
     if after.per!=before.per:
-        raise ValueError(f'the loss `after` the switch has per={after.per!r}, the one before it {before.per!r}: '
-                         'give both the same')
+        raise ValueError(f'the loss `after` the switch has per={after.per!r}, the one before it '
+                         f'{before.per!r}: give both the same')
     if after.alpha_output and not before.alpha_output:
         raise ValueError('the loss `after` the switch has an output loss, the one before it has none: '
                          'give both an alpha_output')

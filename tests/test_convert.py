@@ -381,8 +381,8 @@ def test_errors_say_what_there_is():
     assert list(families().index)[:4]==['wav2vec2','roberta','bert','gpt_neox']
 
 @pytest.mark.parametrize('args,match', [
-    (dict(expand=.001), 'expand=0.001 x d_model=32: no inner width'),
-    (dict(to='mamba', expand=.001), 'no inner width'),
+    (dict(expand=.001), 'expand=0.001: no width from d_model=32'),
+    (dict(to='mamba', expand=.001), 'no width'),
     *[(dict(to='mamba', d_inner=v), rf'd_inner={v!r}: give an integer above 0') for v in (-3,0,'x')],
     *[(dict(A_range=v), re.escape(f'A_range={v!r}: give two numbers')) for v in ((-1,16),16,(16,1),(0,1),(1,2,3))],
     (dict(dt_min=0), 'dt_min=0: give a number above 0'),

@@ -135,8 +135,9 @@ def make_trainer(self:Experiment, c, r:Recipe, run, model, guidance, sets:dict, 
         converted['lr_new'] = r.lr_mixers or None
         converted['align'] = Alignment(target, r.align, r.lr_align) if r.align else None
     trainer = TableDistiller(
-        model, args, sets['train'], guidance, task_loss, task_sum=bool(total), snapshots=snapshots, **converted,
-        judge=self.judge, floor=r.floor if r.decay=='exponential' else None, eval_dataset=sets['dev'],
+        model, args, sets['train'], guidance, task_loss, task_sum=bool(total), snapshots=snapshots,
+        **converted, judge=self.judge, floor=r.floor if r.decay=='exponential' else None,
+        eval_dataset=sets['dev'],
         data_collator=self.collate, processing_class=self.processor, progress='none')
     trainer.add_callback(LogTo(run))
     if self.record:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from fastcore.basics import patch
 from transformers import TrainerCallback,TrainingArguments
 
 from ..convert import INITS
@@ -60,10 +61,13 @@ class Recipe:
         check_name(self.start, INITS, 'start')
         if not 0<=self.keep<1: raise ValueError(f'keep={self.keep}: give a share from 0 to less than 1')
 
-    def of(self, mode:str)->tuple:
-        "Learning rate and steps of a model of `mode`"
-        if mode=='standard': return self.lr,self.steps
-        return self.lr_student,self.steps_student or self.steps
+# %% ../../nbs/03f_recipe.ipynb #7ad52b40
+@patch
+def of(self:Recipe, mode:str)->tuple:
+    "Learning rate and steps of a model of `mode`"
+    if mode=='standard': return self.lr,self.steps
+    return self.lr_student,self.steps_student or self.steps
+
 
 # %% ../../nbs/03f_recipe.ipynb #adcbfe2b
 MODES = ['standard','unguided','target','trajectory','waypoint','hybrid']
