@@ -484,6 +484,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'cald.lab.queue': { 'cald.lab.queue.begin_run': ('queue.html#begin_run', 'cald/lab/queue.py'),
                                 'cald.lab.queue.broadcast': ('queue.html#broadcast', 'cald/lab/queue.py'),
                                 'cald.lab.queue.default_workers': ('queue.html#default_workers', 'cald/lab/queue.py'),
+                                'cald.lab.queue.end_progress': ('queue.html#end_progress', 'cald/lab/queue.py'),
                                 'cald.lab.queue.estimate': ('queue.html#estimate', 'cald/lab/queue.py'),
                                 'cald.lab.queue.format_minutes': ('queue.html#format_minutes', 'cald/lab/queue.py'),
                                 'cald.lab.queue.helper_processes': ('queue.html#helper_processes', 'cald/lab/queue.py'),

@@ -230,6 +230,7 @@ def cmd_status(o):
     print('Stale? `cald accept NAME --because "..."` proves that the numbers are the same; '
           '`cald reproduce NAME` makes them again.')
 
+# %% ../../nbs/09c_reproduce.ipynb #302b8161
 def cmd_accept(o):
     "Stamp stale results again if tests/same.py finds that this checkout still gives their numbers."
     print('Accepted:', ', '.join(accept(o.names, o.because, o.out)) or 'nothing was stale')
@@ -254,7 +255,7 @@ def parser()->argparse.ArgumentParser:
         sub[name].set_defaults(run=fn)
     for name in ('status','accept','compare'):
         sub[name].add_argument('--out', help='folder of the results (default: paper_figures/)')
-    sub['status'].add_argument('names', nargs='*', help='tables and figures, or a group; default: every result')
+    sub['status'].add_argument('names', nargs='*', help='results, or a group (default: every result)')
     sub['accept'].add_argument('names', nargs='+', help='tables and figures (see status), or a group')
     sub['accept'].add_argument('--because', required=True, help='why the change cannot alter their numbers')
     add = sub['reproduce'].add_argument
