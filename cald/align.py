@@ -31,7 +31,8 @@ class Aligner(ResumableTrainer):
 
     def __init__(self, model, args, train_dataset, teacher, **kwargs):
         super().__init__(model, args, train_dataset, **kwargs)
-        if args.world_size>1: raise ValueError('alignment runs in one process: align before `accelerate launch`')
+        if args.world_size>1:
+            raise ValueError('alignment runs in one process: align before `accelerate launch`')
         attention_pairs(model, teacher) # TypeError for another family
         self.teacher = teacher.eval().to(args.device)
         self.losses = []                            # of the steps so far
@@ -51,7 +52,8 @@ def training_step(self:Aligner, model, inputs, num_items_in_batch=None):
             loss = difference/size/self.current_gradient_accumulation_steps
             self.accelerator.backward(loss)
         losses.append(loss.detach())
-    with self.accelerator.autocast(),on_attention(self.model, self.teacher, use): run_layers(self.teacher, inputs)
+    with self.accelerator.autocast(),on_attention(self.model, self.teacher, use):
+        run_layers(self.teacher, inputs)
     loss = torch.stack(losses).mean()
     self.step_losses['layers'] = self.step_losses.get('layers', 0)+loss
     return loss
@@ -110,7 +112,7 @@ class Alignment:
     steps:int=150           # of the optimizer; 0 calibrates only
     lr:float=4e-3           # peak learning rate, for AdamW
     warmup:float=.1         # fraction of the steps; then the rate decays linearly
-    calibration:int=16      # batches of the training data for `calibrate` and for the errors; 0: no calibration
+    calibration:int=16      # batches of the data for `calibrate` and for the errors; 0: no calibration
 
     def settings(self)->dict: return {k: v for k,v in vars(self).items() if k!='teacher'}
 
@@ -138,7 +140,8 @@ def run(self:Alignment, student, data, collate,
     batches = trainer.first_batches(max(self.calibration, 1))
     was_training = student.training
     errors = dict(before=layer_errors(student.eval(), self.teacher, batches))
-    if self.calibration and not (resume and last_checkpoint(folder)): calibrate(student, self.teacher, batches)
+    resumes = resume and last_checkpoint(folder)
+    if self.calibration and not resumes: calibrate(student, self.teacher, batches)
     if self.steps and student.new_weights():
         with only_mixers(student): trainer.train(resume=resume)
     errors['after'] = layer_errors(student.eval(), self.teacher, batches)
@@ -147,10 +150,12 @@ def run(self:Alignment, student, data, collate,
     state = student.state_dict()
     new = {name: state[name].contiguous().clone() for name in student.new_weights()}
     write_atomic(folder/'aligned.safetensors', save(new))
-    write_json(folder/'aligned.json', dict(settings=self.settings(), errors=errors.reset_index().to_dict('list')))
+    result = dict(settings=self.settings(), errors=errors.reset_index().to_dict('list'))
+    write_json(folder/'aligned.json', result)
     for checkpoint in list_checkpoints(folder): delete_checkpoint(checkpoint)
     return errors
 
+# %% ../nbs/02c_align.ipynb #02b20005a
 @patch
 def restore(self:Alignment, student, folder)->pd.DataFrame:
     "Load the mixers that a finished alignment left in `folder`; ValueError if it had other settings"
@@ -161,6 +166,7 @@ def restore(self:Alignment, student, folder)->pd.DataFrame:
     student.load_state_dict(load_file(folder/'aligned.safetensors'), strict=False)
     return pd.DataFrame(done['errors']).set_index('layer')
 
+# %% ../nbs/02c_align.ipynb #02b20005b
 def align(student,           # a converted model; its mixers change
           teacher,           # a model of the family that was converted, with the weights to imitate
           data,              # training data: a `Dataset`

@@ -90,9 +90,10 @@ def head_distances(weights, mask)->torch.Tensor: # (batch, heads, length, length
     l = weights.shape[-1]
     position = torch.arange(l, device=weights.device)
     lag = position[:,None]-position
-    w = zero_pads(weights.transpose(1,2).double(), mask) # without queries at pads: (batch, queries, heads, keys)
+    w = zero_pads(weights.transpose(1,2).double(), mask) # no pads: (batch, queries, heads, keys)
     sides = [(lag.clamp(min=0), lag>=0), ((-lag).clamp(min=0), lag<=0)]
-    return torch.stack([torch.stack([(w*d[:,None]).sum((0,1,3)), (w*on[:,None]).sum((0,1,3))]) for d,on in sides])
+    def by_head(x): return (w*x[:,None]).sum((0,1,3))
+    return torch.stack([torch.stack([by_head(d), by_head(on)]) for d,on in sides])
 
 def attention_distances(student, teacher, batches)->dict: # layer: (2 sides, heads), positions
     "Mean distance of the keys before and after a query, weighted by the attention of `teacher`"
@@ -148,6 +149,7 @@ def set_output(mixer, solution): # (features, d_model), as `output_features` has
 
 def directions(mixer)->list: return [mixer.fw,mixer.bw] if isinstance(mixer, Bidirectional) else [mixer]
 
+# %% ../nbs/02b_calibrate.ipynb #02b10012a
 @torch.no_grad()
 def calibrate_output(student, teacher, batches,
                      ridge:float=1e-2): # penalty, as a share of the mean square of a feature
@@ -206,6 +208,7 @@ def layer_effects(model,          # a source; it does not change
     model.train(was_training)
     return pd.Series(effects, name='effect').rename_axis('layer')
 
+# %% ../nbs/02b_calibrate.ipynb #02b30001a
 def choose_layers(model, batches, keep:int, # layers that keep their attention
                   effects=None,             # of `layer_effects`, if they are known
                   **kwargs)->list:          # of `layer_effects`; returns the layers to convert

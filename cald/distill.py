@@ -12,6 +12,7 @@ import torch
 from fastcore.basics import patch
 from fastcore.meta import delegates
 from transformers import Trainer
+from .files import check_type
 from .guidance import Guidance,Unguided
 from .hidden_states import complete_hidden_states,state_length,state_mask
 from .trainer import find_snapshots,ProgressLines,ResumableTrainer,seed_all
@@ -58,17 +59,15 @@ class Distiller(ResumableTrainer):
         self.align = align
         self._check_arguments(kwargs.get('compute_loss_func'))
         self.model_accepts_loss_kwargs = False # losses are means over a micro-batch: Trainer averages them
-        self._loss_sums = {} # name -> sum over the steps since the last log
-        self._logged = 0     # step of the last log
-        self._shares = []    # of each micro-batch in the step, with `task_sum`
+        self._loss_sums = {}  # name -> sum over the steps since the last log
+        self._loss_steps = {} # name -> number of these steps that had it
+        self._shares = []     # of each micro-batch in the step, with `task_sum`
 
 # %% ../nbs/03_distill.ipynb #a3d0c013
 @patch
 def _check_arguments(self:Distiller, compute_loss_func):
     "Raise TypeError or ValueError for arguments that cannot work"
-    if not isinstance(self.guidance, Guidance):
-        raise TypeError('guidance must be a Guidance such as Target(teacher), '
-                        f'not a {type(self.guidance).__name__}')
+    check_type(self.guidance, Guidance, 'guidance must be a Guidance such as Target(teacher)')
     if compute_loss_func:
         raise ValueError('compute_loss_func is not called: pass `task_loss`, a function of outputs and batch')
     if self.args.label_smoothing_factor:
@@ -172,7 +171,9 @@ def check_finite(self:Distiller)->bool:
     "Check the step as `ResumableTrainer` does; add its losses to the sums for the log if it is made"
     finite = ResumableTrainer.check_finite(self)
     if finite:
-        for k,v in self.step_losses.items(): self._loss_sums[k] = self._loss_sums.get(k, 0)+v
+        for k,v in self.step_losses.items():
+            self._loss_sums[k] = self._loss_sums.get(k, 0)+v
+            self._loss_steps[k] = self._loss_steps.get(k, 0)+1
     self.step_losses = {}
     return finite
 
@@ -187,8 +188,9 @@ def end_step(self:Distiller, control):
 @patch
 def create_optimizer(self:Distiller, model=None):
     "Trainer's optimizer; with `lr_new` the mixers have this rate"
-    if self.optimizer is not None or self.lr_new is None: return ResumableTrainer.create_optimizer(self, model)
+    existing = self.optimizer
     optimizer = ResumableTrainer.create_optimizer(self, model)
+    if existing is not None or self.lr_new is None: return optimizer
     new = set(self.model.new_weights())
     mixers = {id(p) for name,p in self.model.named_parameters() if name in new}
     for group in list(optimizer.param_groups):
@@ -214,7 +216,7 @@ def begin(self:Distiller):
     self.guidance.to(self.args.device)
     self.guidance.setup(self.state.max_steps)
     self._loss_sums = {}
-    self._logged = self.state.global_step
+    self._loss_steps = {}
     ResumableTrainer.begin(self)
     if self.freeze: self._freeze_transferred()
 
@@ -222,34 +224,35 @@ def begin(self:Distiller):
 def training_state(self:Distiller)->dict:
     "State of the guidance and of the log"
     return {'guidance': self.guidance.state_dict(), **ResumableTrainer.training_state(self),
-            'parts': self._loss_sums, 'logged': self._logged}
+            'parts': self._loss_sums, 'steps': self._loss_steps}
 
 @patch
 def load_training_state(self:Distiller, state:dict):
     "Restore `training_state`. Raises ValueError for the state of another guidance"
     self.guidance.load_state_dict(state['guidance'])
     ResumableTrainer.load_training_state(self, state)
-    self._logged = state['logged']
+    self._loss_steps = state['steps']
     self._loss_sums = {k: v.to(self.args.device) for k,v in state['parts'].items()}
 
 # %% ../nbs/03_distill.ipynb #b6c51578
 @patch
 def _mean_losses(self:Distiller)->dict:
-    "Mean of each part of the loss since the last log"
-    steps = self.state.global_step-self._logged
+    "Since the last log: the mean loss, and the mean of each part over the steps that had it"
     sums = torch.stack([v.float() for v in self._loss_sums.values()])
     if self.args.world_size>1: sums = self.accelerator.reduce(sums, 'mean')
-    return {f'loss_{k}': v/steps for k,v in zip(self._loss_sums, sums.tolist())}
+    sums = dict(zip(self._loss_sums, sums.tolist()))
+    steps = max(self._loss_steps.values()) # the task loss has all
+    parts = {f'loss_{k}': v/self._loss_steps[k] for k,v in sums.items()}
+    return {'loss': sum(v/steps for v in sums.values()), **parts}
 
 @patch
 def log(self:Distiller, logs, start_time=None):
     "Trainer's log, with the parts of the loss and the numbers of the guidance"
     if 'loss' in logs and self._loss_sums:
-        parts = self._mean_losses()
-        logs = {**logs, 'loss': sum(parts.values()), **parts, **self.guidance.logs()}
+        logs = {**logs, **self._mean_losses(), **self.guidance.logs()}
         if self.skipped: logs['skipped'] = self.skipped
         self._loss_sums = {}
-        self._logged = self.state.global_step
+        self._loss_steps = {}
     ResumableTrainer.log(self, logs, start_time)
 
 # %% ../nbs/03_distill.ipynb #a3d0c103

@@ -10,8 +10,9 @@ import copy
 import torch
 from fastcore.basics import patch
 from transformers import get_scheduler
+from .files import check_share,check_type
 from .hidden_states import average_gradients,run_teacher,train_teacher
-from .losses import HiddenLoss,loss_preset
+from .losses import as_loss,check_after,HiddenLoss
 from .resume import check_snapshots,load_snapshot,seeded_rng
 
 # %% ../nbs/02_guidance.ipynb #124d581c
@@ -35,8 +36,7 @@ class Guidance:
         return self
     def free(self):
         "Drop the teacher and free its memory"
-        on_cpu = self.device is None or self.device.type=='cpu'
-        if self.teacher is not None and not on_cpu: self.teacher.to('cpu')
+        if self.teacher is not None and self.device is not None: self.teacher.to('cpu')
         self.teacher = None
     def logs(self)->dict:
         "Return numbers to log"
@@ -56,6 +56,9 @@ class Unguided(Guidance):
     "No teacher: the task loss alone"
 
 # %% ../nbs/02_guidance.ipynb #88a92dcf
+_no_teacher = ('{} has no teacher: call `setup` first; if the teacher has been freed, as Hybrid does at its '
+               'switch, make a new guidance for another run')
+
 class Target(Guidance):
     "The fine-tuned teacher supervises every step"
     def __init__(self,
@@ -63,8 +66,11 @@ class Target(Guidance):
                  loss:HiddenLoss=None,  # default: `loss_preset()`
                  train_mode=False,      # True as in the reference: dropout, SpecAugment and LayerDrop are on
                  seed=0):               # of the teacher's randomness in train mode
-        self.teacher = teacher
-        self.loss = loss or loss_preset()
+        self.teacher = check_type(teacher, torch.nn.Module, 'the teacher must be a model that is loaded')
+        self.set_options(loss, train_mode, seed)
+    def set_options(self, loss, train_mode, seed):
+        "Set the attributes that modes without a fixed teacher have, too"
+        self.loss = as_loss(loss)
         self.train_mode = train_mode
         self.seed = seed
         self.calls = (-1,0)
@@ -75,7 +81,7 @@ class Target(Guidance):
         return (self.seed, *self.calls)
     def teacher_forward(self, batch, step):
         "Return the output of the target for `batch`"
-        if self.teacher is None: raise RuntimeError(f'the teacher of {type(self).__name__} has been freed')
+        if self.teacher is None: raise RuntimeError(_no_teacher.format(type(self).__name__))
         return run_teacher(self.teacher, batch, self.train_mode, self.key(step), bool(self.loss.alpha_output))
 
 # %% ../nbs/02_guidance.ipynb #b6c81ea8
@@ -96,9 +102,11 @@ class Trajectory(Target):
                  train_mode=True,      # dropout, also in the states that the student sees (reference)
                  own_forward=False,    # True: a second forward pass, in eval mode, for the student
                  seed=0):
-        super().__init__(None, loss, train_mode, seed)
-        if every<1: raise ValueError(f'every must be a number of steps, 1 or more, not {every}')
-        self.source = teacher
+        super().__init__(teacher, loss, train_mode, seed)
+        if type(every) is not int or every<1: raise ValueError(f'every={every!r}: give a number of steps')
+        check_share(warmup, 'warmup')
+        self.source = self.teacher
+        self.teacher = None
         self.every = every
         self.task_loss = task_loss
         self.own_forward = own_forward
@@ -107,6 +115,10 @@ class Trajectory(Target):
     def moves_at(self, step):
         "Is the teacher updated at the end of `step`?"
         return (step+1)%self.every==0
+    def free(self):
+        "Drop the teacher, its source and its optimizer"
+        super().free()
+        self.source = self.opt = self.sched = None
 
 # %% ../nbs/02_guidance.ipynb #dae9fb0d
 @patch
@@ -126,7 +138,7 @@ def setup(self:Trajectory, total_steps):
 @patch
 def teacher_forward(self:Trajectory, batch, step):
     "Return the teacher's output for `batch` before this step's update, and accumulate its gradient"
-    if self.teacher is None: raise RuntimeError('this Trajectory has no teacher: call `setup` first')
+    if self.teacher is None: raise RuntimeError(_no_teacher.format('Trajectory'))
     key = self.key(step)
     logits = bool(self.loss.alpha_output)
     if not self.moves_at(step):
@@ -155,12 +167,6 @@ def update(self:Trajectory, step):
     self.micro_batches = 0
 
 # %% ../nbs/02_guidance.ipynb #07a1ff95
-@patch
-def free(self:Trajectory):
-    "Drop the teacher, its source and its optimizer"
-    Target.free(self)
-    self.source = self.opt = self.sched = None
-
 @patch
 def logs(self:Trajectory):
     "Return the teacher's mean task loss since the last call, and its learning rate"
@@ -198,7 +204,7 @@ class Waypoint(Target):
                  cycle=None,           # None: first later step; int: steps for each; 'equal': equal shares
                  train_mode=False,
                  seed=0):
-        super().__init__(None, loss, train_mode, seed)
+        self.set_options(loss, train_mode, seed)
         self.snapshots = check_snapshots(snapshots)
         valid = cycle in (None,'equal') or (isinstance(cycle, int) and cycle>0)
         if not valid: raise ValueError(f"cycle must be None, 'equal' or a number of steps, not {cycle!r}")
@@ -216,6 +222,9 @@ class Waypoint(Target):
         last = len(self.snapshots)-1
         if self.cycle is not None: return min(step//self.every, last)
         return next((i for i,s in enumerate(self.steps) if s>step), last)
+    def logs(self): return {} if self.index is None else {'waypoint': self.steps[self.index]}
+    def state_dict(self): return {**super().state_dict(), 'steps': self.steps, 'cycle': self.cycle}
+
 
 # %% ../nbs/02_guidance.ipynb #30415263
 @patch
@@ -228,25 +237,17 @@ def teacher_forward(self:Waypoint, batch, step):
         self.index = i
     return Target.teacher_forward(self, batch, step)
 
-@patch
-def logs(self:Waypoint): return {} if self.index is None else {'waypoint': self.steps[self.index]}
-
-@patch
-def state_dict(self:Waypoint): return {**Target.state_dict(self), 'steps': self.steps, 'cycle': self.cycle}
-
 # %% ../nbs/02_guidance.ipynb #6d42930f
 class Hybrid(Guidance):
     "Another guidance until a given step, then none"
     fixed = ('stop',)
     def __init__(self,
                  guidance:Guidance,
-                 until=0.4,              # step of the switch: a fraction of the run, or a number (int)
+                 until=0.4,              # step of the switch: 1. is the whole run, 1 is one step
                  after:HiddenLoss=None): # loss after the switch; by default the teacher is freed instead
-        if until<0 or (isinstance(until, float) and until>1):
-            raise ValueError(f'until must be a fraction from 0 to 1, or a number of steps, not {until}')
-        self.inner = guidance
-        self.until = until
-        self.after = after
+        self.inner = check_type(guidance, Guidance, 'guidance must be a Guidance such as Target(teacher)')
+        self.until = check_share(until, 'until')
+        self.after = after if after is None else check_after(after, guidance.loss)
         self.stop = None
         self.switched = False
     @property
@@ -261,6 +262,7 @@ class Hybrid(Guidance):
     def setup(self, total_steps):
         "Compute the step of the switch"
         self.stop = round(self.until*total_steps) if isinstance(self.until, float) else self.until
+        if self.stop>total_steps: raise ValueError(f'until={self.until}: the run has {total_steps} steps')
         self.switched = False
         self.inner.setup(total_steps)
         self.switch(0)
@@ -269,6 +271,10 @@ class Hybrid(Guidance):
         if self.switched or step<self.stop: return
         self.switched = True
         if self.after is None: self.inner.free()
+    def update(self, step):
+        self.inner.update(step)
+        self.switch(step)
+
 
 # %% ../nbs/02_guidance.ipynb #8596a7b9
 @patch
@@ -277,11 +283,6 @@ def teacher_forward(self:Hybrid, batch, step):
     if self.stop is None: raise RuntimeError('the step of the switch is unknown: call `setup` first')
     self.switch(step)
     return None if self.loss is None else self.inner.teacher_forward(batch, step)
-
-@patch
-def update(self:Hybrid, step):
-    self.inner.update(step)
-    self.switch(step)
 
 @patch
 def state_dict(self:Hybrid):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Linear', 'Projections', 'DT', 'ATTENTION_STARTS', 'as_linear', 'head_size', 'repeat_heads', 'split_fused',
            'attention_projections', 'start_linformer', 'attention_shape_args', 'set_memory', 'open_gate', 'copy_output',
-           'start_mamba2', 'start_mamba', 'init_args', 'start_from_attention']
+           'start_mamba2', 'start_mamba', 'init_args', 'start_from_attention', 'start_of']
 
 # %% ../nbs/00h_init.ipynb #00f10003
 import math
@@ -19,7 +19,7 @@ from .mixers import Bidirectional,LinformerProjection,Mamba2
 
 # %% ../nbs/00h_init.ipynb #00f10006
 Linear = namedtuple('Linear', 'weight bias') # (out, in), (out,)
-Projections = namedtuple('Projections', 'q k v o') # four `Linear`; `o` is None if the layer projects elsewhere
+Projections = namedtuple('Projections', 'q k v o') # four `Linear`; `o` is None if it is outside the module
 
 _names = dict(q=('q_proj','query','q_lin','linear_q'), k=('k_proj','key','k_lin','linear_k'),
               v=('v_proj','value','v_lin','linear_v'),
@@ -156,6 +156,7 @@ def start_from_attention(mixer, attention, config): # configuration of the sourc
     directions = [mixer.fw,mixer.bw] if isinstance(mixer, Bidirectional) else [mixer]
     for m in directions: (start_mamba2 if isinstance(m, Mamba2) else start_mamba)(m, p, len(directions))
 
+# %% ../nbs/00h_init.ipynb #00f10019
 ATTENTION_STARTS = [ # mixer, end of a weight's name, how the weight starts
     ('mamba2', 'in_proj.weight', 'values, keys and queries; gate and step 0'),
     ('mamba2', 'in_proj.bias', 'values, keys and queries; gate 1, step 0'),
@@ -171,3 +172,27 @@ ATTENTION_STARTS = [ # mixer, end of a weight's name, how the weight starts
     ('mamba', 'out_proj.weight', "the attention's output"),
     ('mamba', 'out_proj.bias', "the attention's output"),
     ('linformer', '', 'position i in slot i mod k')]
+_time_step = 'inverse softplus of log-uniform [{dt_min}, {dt_max}]'
+_fresh_starts = [
+    ('mamba2', 'A_log', 'log of uniform {A_range}'),
+    ('mamba2', 'dt_bias', _time_step),
+    ('mamba2', 'norm.weight', '1'),
+    ('mamba',  'A_log', 'log of 1, 2, .. {d_state}'),
+    ('mamba',  'dt_proj.bias', _time_step),
+    ('mamba',  'dt_proj.weight', 'uniform, up to 1/sqrt(dt_rank)'),
+    ('mamba',  '.D', '1'),
+    ('mamba',  'conv1d.weight', "torch's Conv1d"),
+    ('mamba',  'conv1d.bias', "torch's Conv1d"),
+    ('mamba',  '', "torch's Linear"),
+    ('linformer', '', 'normal (0, 1)')]
+
+
+# %% ../nbs/00h_init.ipynb #00f1001a
+def start_of(name:str, # of a new weight
+             spec:dict, # `config.cald` of its model
+            )->str:
+    "How the weight `name` starts"
+    starts = ATTENTION_STARTS+_fresh_starts if spec.get('init')=='attention' else _fresh_starts
+    start = next(s for mixer,end,s in starts if spec['to'].startswith(mixer) and name.endswith(end))
+    return start.format(**spec['args'])
+

@@ -124,7 +124,7 @@ def make_mixers(config, # of a converted model
 
 # %% ../nbs/00e_models.ipynb #ce006d61
 _loading = ContextVar('cald_loading', default=False)
-LOAD_HINT = 'a model converted by cald: run `import cald`, then load it with the Auto class of its task'
+LOAD_HINT = 'a model converted by cald: load it with its Auto class (AutoModelFor...), after `import cald`'
 
 class ConvertedConfig:
     "Mixin before the source's configuration class: adds `cald`, and stops other classes from loading"
@@ -169,8 +169,8 @@ def check_loaded(info:dict, # `output_loading_info` of transformers
 class Converted:
     "Mixin before the source's model class: replaces attention in `__init__`, and loads complete layers only"
     def __init__(self, config, *args, **kwargs):
-        if not getattr(config, 'cald', None):
-            raise ValueError(f'{type(self).__name__}: no `cald` in the configuration; `convert` adds it')
+        from cald.convert import check_spec # not above: it imports this module
+        check_spec(config)
         super().__init__(config, *args, **kwargs)
         family = FAMILIES[config.cald['family']]
         names = family.attentions(self)
@@ -192,6 +192,7 @@ class Converted:
         path = pretrained_model_name_or_path
         token = _loading.set(True)
         try: model,info = super().from_pretrained(path, *args, output_loading_info=True, **kwargs)
+        except ValueError as e: raise ValueError(f'{path}: {e}') from e
         finally: _loading.reset(token)
         check_loaded(info, model.config.cald, path)
         return (model,info) if output_loading_info else model

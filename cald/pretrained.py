@@ -48,7 +48,10 @@ def load_pretrained(cls,       # model class of transformers
     "The model of class `cls` in `path`; ValueError if weights are missing"
     with quietly(): model,info = cls.from_pretrained(path, output_loading_info=True, **kwargs)
     missing = sorted(name for name in info['missing_keys'] if not name.startswith(tuple(new)))
-    if missing: raise ValueError(f'{path}: {len(missing)} weights are missing, the first is {missing[0]}')
+    if missing:
+        parts = {name.split('.')[0] for name in missing}-{model.base_model_prefix}
+        remedy = f'; list the parts that may be new: new={sorted(parts)}' if parts else ''
+        raise ValueError(f'{path}: {len(missing)} weights are missing, the first is {missing[0]}{remedy}')
     return model
 
 # %% ../nbs/01b_pretrained.ipynb #bd43fc8f

@@ -168,7 +168,10 @@ def delete_checkpoint(folder):
 def check_snapshots(snapshots:list, # of (step, folder)
                    )->list:         # the same, sorted by step
     "Sort `snapshots`. Raises an error unless the folders exist and the steps differ"
-    snapshots = sorted((int(step), Path(folder)) for step,folder in snapshots)
+    try: snapshots = sorted((int(step), Path(folder)) for step,folder in snapshots)
+    except (TypeError,ValueError):
+        form = 'give a list of (step, folder), as `find_snapshots` returns it'
+        raise ValueError(f'snapshots={snapshots!r}: {form}') from None
     if not snapshots: raise ValueError('there must be at least one snapshot')
     missing = [str(folder) for _,folder in snapshots if not folder.is_dir()]
     if missing: raise FileNotFoundError(f'missing snapshot folders: {", ".join(missing)}')

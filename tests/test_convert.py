@@ -1,5 +1,5 @@
 "Conversion: what is kept to the bit, what comes back from disk, and all that must be refused."
-import copy, json, os, subprocess, sys
+import copy, json, os, re, subprocess, sys
 from pathlib import Path
 
 import pytest, torch, transformers
@@ -296,8 +296,8 @@ def test_the_plain_class_does_not_open_a_converted_folder(name, to, tmp_path):
     s.save_pretrained(tmp_path)
     plain = sources[name][0]
     for config in (None,s.config,AutoConfig.from_pretrained(tmp_path),sources[name][1].from_pretrained(tmp_path)):
-        with pytest.raises(ValueError, match='run `import cald`'): plain.from_pretrained(tmp_path, config=config)
-    with pytest.raises(ValueError, match='run `import cald`'): plain.__mro__[1].from_pretrained(tmp_path)   # its abstract parent
+        with pytest.raises(ValueError, match='after `import cald`'): plain.from_pretrained(tmp_path, config=config)
+    with pytest.raises(ValueError, match='after `import cald`'): plain.__mro__[1].from_pretrained(tmp_path)   # its abstract parent
     assert same(copies(type(s).from_pretrained(tmp_path)), copies(s))                                       # and still ours does
 
 FRESH = '''
@@ -312,11 +312,11 @@ def refused(load, *words):
 cases = json.load(open(f'{folder}/cases.json'))
 for name,(auto,plain) in cases.items():
     refused(lambda: getattr(transformers, auto).from_pretrained(f'{folder}/{name}'), 'cald-')
-    refused(lambda: getattr(transformers, plain).from_pretrained(f'{folder}/{name}'), 'run `import cald`')
+    refused(lambda: getattr(transformers, plain).from_pretrained(f'{folder}/{name}'), 'after `import cald`')
 import cald
 from safetensors.torch import load_file
 for name,(auto,plain) in cases.items():
-    refused(lambda: getattr(transformers, plain).from_pretrained(f'{folder}/{name}'), 'run `import cald`')
+    refused(lambda: getattr(transformers, plain).from_pretrained(f'{folder}/{name}'), 'after `import cald`')
     m = getattr(transformers, auto).from_pretrained(f'{folder}/{name}')
     x = load_file(f'{folder}/{name}/x.st')
     want = x.pop('out')
@@ -362,8 +362,8 @@ print(cald.__version__)'''
 def test_errors_say_what_there_is():
     m,other = model('ctc'),GPTNeoXForTokenClassification(GPTNeoXConfig(**tokens))
     for bad,error,match in [
-        (lambda: convert(nn.Linear(2, 2)), TypeError, 'a Linear; known: .*Wav2Vec2ForCTC.*RobertaForMaskedLM.*GPTNeoXForCausalLM'),
-        (lambda: convert(other), TypeError, 'GPTNeoXForTokenClassification; known'),
+        (lambda: convert(nn.Linear(2, 2)), TypeError, 'a Linear: `families'),
+        (lambda: convert(other), TypeError, 'GPTNeoXForTokenClassification, but a GPTNeoXForSequenceClassification: `families'),
         (lambda: convert(convert(m)), TypeError, 'converted already'),
         (lambda: convert(model('mlm', is_decoder=True)), TypeError, 'is_decoder'),
         (lambda: convert(m, to='mamba3'), ValueError, 'known: mamba2, mamba, linformer, identity'),
@@ -379,6 +379,44 @@ def test_errors_say_what_there_is():
         (lambda: convert(m, layers=[-1]), ValueError, 'from 0 to 2')]:
         with pytest.raises(error, match=match): bad()
     assert list(families().index)[:4]==['wav2vec2','roberta','bert','gpt_neox']
+
+@pytest.mark.parametrize('args,match', [
+    (dict(expand=.001), 'expand=0.001: no width from d_model=32'),
+    (dict(to='mamba', expand=.001), 'no width'),
+    *[(dict(to='mamba', d_inner=v), rf'd_inner={v!r}: give an integer above 0') for v in (-3,0,'x')],
+    *[(dict(A_range=v), re.escape(f'A_range={v!r}: give two numbers')) for v in ((-1,16),16,(16,1),(0,1),(1,2,3))],
+    (dict(dt_min=0), 'dt_min=0: give a number above 0'),
+    (dict(dt_min=1., dt_max=.1), 'dt_min=1.0 is above dt_max=0.1'),
+    *[({name:'no'}, f"{name}='no': give True or False") for name in ('bias','conv_bias','residual')],
+    *[(dict(layers=v), re.escape(f'layers={v!r}: give different integers from 0 to 2')) for v in (True,'0',[0.],torch.tensor([0,1]))],
+    *[(dict(seed=v), f'seed={v!r}: give an integer, or None') for v in ('a',1.5,True)]])
+def test_an_argument_out_of_range_is_named(args, match):
+    with pytest.raises(ValueError, match=match): convert(model('ctc'), **args)
+
+@pytest.mark.parametrize('wrong', ['roberta-base',None])
+def test_what_is_no_model_is_refused_in_a_line(wrong):
+    with pytest.raises(TypeError, match=r"pass a model, such as AutoModelForCTC.*, not '?(roberta-base|None)") as e: convert(wrong)
+    assert len(str(e.value))<120
+
+def test_a_model_that_is_not_converted_has_no_report():
+    m = model('ctc')
+    for call in (lambda: report(m), lambda: transfer(m, m)):
+        with pytest.raises(TypeError, match='pass a converted model, as `convert` returns it, not a Wav2Vec2ForCTC'): call()
+
+@pytest.mark.parametrize('change,match', [
+    (dict(to='mambo'), "unknown mixer 'mambo'"), (dict(family='robert'), "did you mean 'roberta'"), (dict(layers=[7]), 'integers from 0 to 2'),
+    (dict(args=dict(d_stat=8)), "no argument 'd_stat'"), (dict(args=dict(A_range=[-1,16])), 'A_range'), (dict(args=dict(headdim=7)), 'headdim=7')])
+def test_a_damaged_configuration_is_named_with_its_folder(change, match, tmp_path):
+    student('text').save_pretrained(tmp_path/'damaged')
+    file = tmp_path/'damaged'/'config.json'
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps({**config, 'cald':{**config['cald'], **change}}))
+    with pytest.raises(ValueError, match=f'damaged: .*{match}'): AutoModelForSequenceClassification.from_pretrained(tmp_path/'damaged')
+
+def test_missing_weights_come_with_the_parts_that_may_be_new():
+    from cald.pretrained import load_pretrained,shipped
+    with pytest.raises(ValueError, match=r"new=\['classifier', 'projector'\]"):
+        load_pretrained(Wav2Vec2ForSequenceClassification, shipped('wav2vec2-demo'))
 
 class TwoHeads(Wav2Vec2ForSequenceClassification):
     "A head that transformers does not have"
@@ -396,7 +434,7 @@ def test_a_head_of_ones_own(tmp_path):
         s = convert(m, seed=0, **mixers['mamba2'])
         s.save_pretrained(tmp_path)
         assert type(s) is cls and same(copies(cls.from_pretrained(tmp_path)), copies(s)) and torch.equal(s.second.weight, m.second.weight)
-        with pytest.raises(ValueError, match='run `import cald`'): TwoHeads.from_pretrained(tmp_path)
+        with pytest.raises(ValueError, match='after `import cald`'): TwoHeads.from_pretrained(tmp_path)
     finally: FAMILIES['wav2vec2'].students.pop(TwoHeads, None)
 
 # ---- report and transfer

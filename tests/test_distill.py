@@ -523,6 +523,19 @@ def test_the_parts_of_the_loss_add_up(accum, tmp_path):
     for l in d.state.log_history:
         if 'loss' in l: assert l['loss']==pytest.approx(l['loss_task']+l['loss_layer']+l['loss_output'], rel=1e-6)
 
+def test_a_part_of_the_loss_is_the_mean_over_the_steps_that_had_it(tmp_path):
+    "A hybrid that switches after step 5, logged after every step, and once after steps 1 to 4 and 5 to 8, in one run and in one that is resumed after step 6"
+    def log(folder, every, resume=None):
+        d = distiller(tmp_path/folder, Hybrid(Target(speech(3)), until=5), logging_steps=every, save_strategy='steps', save_steps=6)
+        d.train(resume)
+        return [l for l in d.state.log_history if 'loss' in l]
+    steps,windows = log('steps', 1),log('windows', 4)
+    assert windows==log('again', 4, tmp_path/'windows'/'checkpoint-6')
+    assert windows[1]['loss_layer']==pytest.approx(steps[4]['loss_layer'], rel=1e-6) # the only step of the window with a teacher
+    for window,part in zip(windows, (steps[:4],steps[4:])):
+        assert window['loss']==pytest.approx(np.mean([l['loss'] for l in part]), rel=1e-6)
+        assert window['loss_task']==pytest.approx(np.mean([l['loss_task'] for l in part]), rel=1e-6)
+
 def test_no_decay_for_norms_biases_and_recurrences(tmp_path):
     student = convert(speech(0), to='mamba2', seed=0, d_state=8, headdim=8)
     student.save_pretrained(tmp_path/'saved')

@@ -151,9 +151,14 @@ def test_several_heads_are_averaged():
     got = HiddenLoss(alpha=0., alpha_output=1.)(output(logits=s), output(logits=t))['output']
     close(got, 4*sum(kl(a, b, 2).mean() for a,b in zip(s, t))/2, rtol=1e-5, atol=1e-6)
 
-@pytest.mark.parametrize('kw,word', [(dict(reduce='max'),'reduce'), (dict(per='frame'),'per')])
+@pytest.mark.parametrize('kw,word', [(dict(reduce='max'),'reduce'), (dict(per='frame'),'per'), (dict(alpha='1'),"alpha must be a number, not '1'"),
+                                     (dict(first=1.5),'first'), (dict(norm='no'),'norm must be True or False'), (dict(alpha=None),'alpha')])
 def test_bad_fields_are_named(kw, word):
-    with pytest.raises(ValueError, match=word): HiddenLoss(**kw)
+    with pytest.raises((ValueError,TypeError), match=word): HiddenLoss(**kw)
+
+def test_a_loss_of_no_states_is_refused():
+    S = states(2, 3,7,8, seed=0)
+    with pytest.raises(ValueError, match='first=5 and last=None leave none of the 3 hidden states'): loss_preset(first=5)(output(S), output(S))
 
 
 # valid positions and hidden states ------------------------------
@@ -373,7 +378,7 @@ def test_missing_snapshots_are_named_before_training(snapshots, tmp_path):
 
 # hybrid ------------------------------
 
-@pytest.mark.parametrize('until,stop', [(0.4,4), (3,3), (0,0), (0.,0), (1.,10), (99,99), (0.29,3)])
+@pytest.mark.parametrize('until,stop', [(0.4,4), (3,3), (0,0), (0.,0), (1.,10), (10,10), (0.29,3)])
 def test_after_the_switch_no_teacher_runs(until, stop):
     teacher,ran = roberta(),[]
     teacher.register_forward_hook(lambda *_: ran.append(step))
@@ -406,6 +411,39 @@ def test_a_hybrid_keeps_its_output_loss_when_asked():
     assert set(g.loss(student, g.teacher_forward(text(), 0), mask))=={'layer','output'}
     g.update(1)
     assert set(g.loss(student, g.teacher_forward(text(), 1), mask))=={'output'}
+
+
+@pytest.mark.parametrize('before,after,word', [
+    (dict(), dict(name='paper-speech', alpha=0.), "per='item'"), (dict(), dict(alpha=0., alpha_output=1.), 'alpha_output')])
+def test_a_later_loss_that_the_teacher_cannot_serve_is_refused(before, after, word):
+    with pytest.raises(ValueError, match=word): Hybrid(Target(roberta(), loss_preset(**before)), after=loss_preset(**after))
+    with pytest.raises(ValueError, match='needs a guidance with a loss'): Hybrid(Unguided(), after=loss_preset())
+
+@pytest.mark.parametrize('make', [Target,Trajectory])
+def test_a_hybrid_whose_teacher_is_freed_asks_for_a_new_one(make):
+    g = Hybrid(make(roberta()), until=1)
+    for _ in range(2): # two runs
+        g.setup(2)
+        g.update(1)
+    g.setup(2)
+    with pytest.raises(RuntimeError, match='as Hybrid does at its switch, make a new guidance'): g.teacher_forward(text(), 0)
+
+
+# arguments ------------------------------
+
+@pytest.mark.parametrize('make,word', [
+    (lambda m: Target('folder'), "model that is loaded, not 'folder'"), (lambda m: Target(None), 'not None'), (lambda m: Trajectory('folder'), "not 'folder'"),
+    (lambda m: Target(m, 'paper-nlp'), r"loss_preset\('paper-nlp'\)"), (lambda m: Hybrid(m), 'a Guidance such as Target'), (lambda m: Hybrid('x'), "not 'x'"),
+    (lambda m: Hybrid(Target(m), after='paper-nlp'), r"loss_preset\('paper-nlp'\)"),
+    (lambda m: Hybrid(Target(m), until='0.4'), "until='0.4': give a fraction"), (lambda m: Hybrid(Target(m), until=1.5), 'until=1.5'),
+    (lambda m: Trajectory(m, every=2.5), 'every=2.5: give a number of steps'), (lambda m: Trajectory(m, warmup=2.), 'warmup=2.0: give a fraction'),
+    (lambda m: Waypoint(['a','b']), r'give a list of \(step, folder\)'), (lambda m: Waypoint({1:'folder'}), r'give a list of \(step, folder\)'),
+    (lambda m: Waypoint('folder'), r'give a list of \(step, folder\)')])
+def test_an_argument_of_the_wrong_kind_is_named(make, word):
+    with pytest.raises((TypeError,ValueError), match=word): make(roberta())
+
+def test_a_switch_after_the_end_of_the_run_is_refused():
+    with pytest.raises(ValueError, match='until=40: the run has 39 steps'): Hybrid(Target(roberta()), until=40).setup(39)
 
 
 # state ------------------------------

@@ -4,7 +4,7 @@ from pathlib import Path
 import psutil, pytest
 from common import module_name
 from cald.paper.status import Artefact,ARTEFACTS,module_hash,modules_of,result_state,stamp,status
-from cald.paper.cli import main,reproduce
+from cald.paper.cli import committed_record,estimate_minutes,main,reproduce
 from cald.files import write_json
 
 root = Path(__file__).parents[1]
@@ -153,6 +153,22 @@ def test_status_has_what_another_machine_made_without_what_it_did_not(capsys):
     gpu, = [t for t in more if t.startswith('paper_figures/gpu/')]
     assert re.search(r'^table1 .*demo', first, re.M) and re.search(r'^efficiency .*paper', gpu, re.M)
     assert 'table1' not in gpu and 'missing' not in gpu
+
+def test_status_takes_names_and_shortens_reasons(capsys):
+    assert main(['status','table3'])==0
+    said = capsys.readouterr().out
+    assert 'table3' in said and 'table2' not in said and max(map(len, said.splitlines()))<200
+    assert main(['status','tabel3'])==2 and "did you mean 'table3'" in capsys.readouterr().err
+
+def test_compare_says_its_units_and_its_rule(capsys):
+    assert main(['compare'])==0
+    said = capsys.readouterr().out
+    assert ' perplexity ' in said and ' points ' in said and 'agrees: same sign' in said
+
+def test_trainings_that_two_results_share_are_counted_once():
+    fig4,cka = (next(a for a in ARTEFACTS if a.name==name) for name in ('fig4','cka'))
+    made = set(committed_record(fig4)['runs'])
+    assert estimate_minutes(cka, 'demo', 1, 2)>10 and estimate_minutes(cka, 'demo', 1, 2, made)==0
 
 def test_a_reader_that_has_had_enough_is_no_error():
     ours,theirs = os.pipe()

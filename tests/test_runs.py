@@ -174,7 +174,7 @@ def test_what_another_process_has_done_meanwhile_is_not_counted_as_left(tmp_path
         return dict(x=0)
     assert theirs.acquire()
     train_missing(cells, fit, mine, 'h')
-    assert [l.split()[0] for l in (tmp_path/'progress.log').read_text().splitlines()]==['4','3','1']
+    assert [l.split()[0] for l in (tmp_path/'progress.log').read_text().splitlines()]==['4','3','1','all']
 
 @pytest.mark.parametrize('workers,order', [(1,['short 0','long 0','short 1','long 1']), (2,['short 0','long 0','long 1','short 1'])])
 def test_with_others_beside_it_the_long_runs_come_first(tmp_path, workers, order):

@@ -132,8 +132,9 @@ def make_trainer(self:Experiment, c, r:Recipe, run, model, guidance, sets:dict, 
         converted['lr_new'] = r.lr_mixers if r.rates=='two' else None
         converted['align'] = r.alignment(target)
     trainer = TableDistiller(
-        model, args, sets['train'], guidance, task_loss, task_sum=bool(total), snapshots=snapshots, **converted,
-        judge=self.judge, floor=r.floor if r.decay=='exponential' else None, eval_dataset=sets['dev'],
+        model, args, sets['train'], guidance, task_loss, task_sum=bool(total), snapshots=snapshots,
+        **converted, judge=self.judge, floor=r.floor if r.decay=='exponential' else None,
+        eval_dataset=sets['dev'],
         data_collator=self.collate, processing_class=self.processor, progress='none')
     trainer.add_callback(LogTo(run))
     def cost(other): return self.recipe(**other.settings).cost(other.cell.mode)

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from fastcore.basics import patch
 from transformers import TrainerCallback,TrainingArguments
 
 from ..align import Alignment
@@ -23,7 +24,7 @@ from ..convert import INITS
 from ..distill import Distiller
 from ..files import check_name
 from ..guidance import Hybrid,Target,Trajectory,Unguided,Waypoint
-from .queue import report_progress
+from .queue import log_progress
 from ..losses import loss_preset
 
 # %% ../../nbs/03f_recipe.ipynb #7ad52b3f
@@ -69,20 +70,24 @@ class Recipe:
         check_name(self.rates, ['one','two'], 'kind of rates')
         if not 0<=self.keep<1: raise ValueError(f'keep={self.keep}: give a share from 0 to less than 1')
 
-    def of(self, mode:str)->tuple:
-        "Learning rate and steps of a model of `mode`"
-        if mode=='standard': return self.lr,self.steps
-        lr = self.lr_student if self.rates=='one' else self.lr_transferred
-        return lr,self.steps_student or self.steps
+# %% ../../nbs/03f_recipe.ipynb #7ad52b40
+@patch
+def of(self:Recipe, mode:str)->tuple:
+    "Learning rate and steps of a model of `mode`"
+    if mode=='standard': return self.lr,self.steps
+    lr = self.lr_student if self.rates=='one' else self.lr_transferred
+    return lr,self.steps_student or self.steps
 
-    def cost(self, mode:str)->int:
-        "Steps of a model of `mode`, in those of a standard model: a teacher costs about as much as a student"
-        return self.of(mode)[1]*(1 if mode=='standard' else 2)
+@patch
+def cost(self:Recipe, mode:str)->int:
+    "Steps of a model of `mode`, in those of a standard model: a teacher costs about as much as a student"
+    return self.of(mode)[1]*(1 if mode=='standard' else 2)
 
-    def alignment(self, teacher)->Alignment: # None if mixers start as they are
-        "The first part of the training of a converted model"
-        if self.aligned: return Alignment(teacher, self.align, self.lr_align)
-        return Alignment(teacher, 0) if self.start=='attention' else None
+@patch
+def alignment(self:Recipe, teacher)->Alignment: # None if mixers start as they are
+    "The first part of the training of a converted model"
+    if self.aligned: return Alignment(teacher, self.align, self.lr_align)
+    return Alignment(teacher, 0) if self.start=='attention' else None
 
 # %% ../../nbs/03f_recipe.ipynb #adcbfe2b
 MODES = ['standard','unguided','target','trajectory','waypoint','hybrid']
@@ -192,7 +197,7 @@ class FirstEstimate(TrainerCallback):
         costs = {r.key: self.cost(r) for r in self.run.unknown}
         minutes = seconds/share*sum(costs.values())/costs[self.run.key]/self.run.workers/60
         text = f'on this machine about {minutes:.0f} minutes for {len(costs)} runs, measured in {seconds:.0f} s'
-        report_progress(self.run.folder.parent, text)
+        log_progress(self.run.folder.parent, text)
 
 # %% ../../nbs/03f_recipe.ipynb #03c0f1e7
 def evenly_spaced(ds, n:int)->list:

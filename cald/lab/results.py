@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Interval', 'mean_ci', 'summarise', 'format_table', 'to_markdown', 'without_folders', 'unique_values', 'provenance',
-           'reason_to_keep', 'write_result', 'write_table', 'write_figure', 'result_name', 'join_names',
+           'reason_to_keep', 'write_result', 'write_table', 'write_figure', 'result_name', 'join_names', 'seeds_note',
            'compare_with_committed', 'has_type', 'parameter_problem', 'check_parameters', 'paper_numbers']
 
 # %% ../../nbs/03d_results.ipynb #1b1ea97f
@@ -169,6 +169,12 @@ def result_name(table:str, user_data, # paths of the user's data, if any
 def join_names(names:list)->str:
     "The names in a sentence: 'a, b and c'"
     return ' and '.join(filter(None, [', '.join(names[:-1]), *names[-1:]]))
+
+def seeds_note(seeds:list)->str:
+    "The seeds of a table for its note; with several, the meaning of ±"
+    names = ', '.join(map(str, seeds))
+    return f'seeds {names}: mean ± half of the 95 % interval' if len(seeds)>1 else f'seed {names}'
+
 
 # %% ../../nbs/03d_results.ipynb #e79cb3e2
 def compare_with_committed(name, df, folder=None)->pd.DataFrame:

@@ -7,7 +7,7 @@ __all__ = ['ARTEFACTS', 'GROUPS', 'BOOKKEEPING', 'weights_hash', 'Artefact', 'da
            'code_cells', 'notebook_defaults', 'is_test', 'cells_hash', 'module_file', 'module_hash', 'imported_names',
            'cald_imports', 'modules_of', 'copies_folder', 'fill_placeholders', 'data_paths', 'copy_data',
            'current_inputs', 'stamp', 'damage', 'changes', 'is_code', 'is_training', 'result_state', 'status',
-           'base_commit', 'compare_with_commit', 'acceptable', 'accept']
+           'shorten', 'base_commit', 'compare_with_commit', 'acceptable', 'accept']
 
 # %% ../../nbs/09_status.ipynb #6a11a911
 import ast,hashlib,importlib.resources,os,re,subprocess,sys,tempfile
@@ -244,6 +244,13 @@ def status(folder, artefacts=None)->pd.DataFrame:
     "The state of every table and figure in `folder`"
     artefacts = ARTEFACTS if artefacts is None else artefacts
     return pd.DataFrame([result_state(a, folder) for a in artefacts]).set_index('name')
+
+def shorten(why:str, most:int=4)->str:
+    "The first reasons of `why`, and the number of the others"
+    reasons = why.split('; ')
+    more = f'; and {len(reasons)-most} more' if len(reasons)>most else ''
+    return '; '.join(reasons[:most])+more
+
 
 # %% ../../nbs/09_status.ipynb #e1873e6d
 def base_commit(record:dict):
