@@ -41,7 +41,7 @@ class LmRecipe(Recipe):
 _smoke = dict(batch=4, lr_student=1e-3, alpha=1., evals=2, train_rows=64, length=32, dev_rows=8, test_rows=16,
               d_state=4, align=2)
 _demo = dict(batch=16, lr_student=2e-3, alpha=100., evals=5, train_rows=3200, test_rows=500, length=128,
-             warmup=.06, decay='cosine', weight_decay=.01)
+             warmup=.06, decay='cosine', weight_decay=.01, align=300)
 _paper = dict(batch=8, accumulate=16, lr_student=3e-4, alpha=15., loss='paper-lm', evals=40,
               train_rows=2_928_640, length=2048, warmup=.03, decay='cosine', weight_decay=.1, bf16=True,
               teacher_train=True, judge_batch=4, test_rows=500, d_inner=5120, dt_rank=160)
