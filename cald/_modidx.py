@@ -524,6 +524,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                       'cald/lab/recipe.py'),
                                  'cald.lab.recipe.TableDistiller.evaluate': ('recipe.html#tabledistiller.evaluate', 'cald/lab/recipe.py'),
                                  'cald.lab.recipe.chance_score': ('recipe.html#chance_score', 'cald/lab/recipe.py'),
+                                 'cald.lab.recipe.check_recipe': ('recipe.html#check_recipe', 'cald/lab/recipe.py'),
                                  'cald.lab.recipe.draw_share': ('recipe.html#draw_share', 'cald/lab/recipe.py'),
                                  'cald.lab.recipe.evenly_spaced': ('recipe.html#evenly_spaced', 'cald/lab/recipe.py'),
                                  'cald.lab.recipe.guidance_for': ('recipe.html#guidance_for', 'cald/lab/recipe.py'),

@@ -40,12 +40,13 @@ class Task:
     higher:bool  # is a higher value better?
 
 _started = dict(rates='two', start='attention')
-STARTED = { # rows that the paper does not have: mixers start from the attention, with learning rates by origin
+STARTED = { # rows that the paper does not have: mixers start from the attention, with their own rates
     'target, attention init': dict(_started, mode='target'),
     'target, aligned': dict(_started, mode='target', aligned=True),
     'hybrid, aligned': dict(_started, mode='hybrid', aligned=True),
     'target, aligned, a quarter kept': dict(_started, mode='target', aligned=True, keep=.25)}
 
+# %% ../../nbs/03g_experiment.ipynb #03c05a01
 class Experiment:
     "The trainings of one table; a subclass defines the methods that raise NotImplementedError"
     tasks:dict                       # name -> `Task`
@@ -60,8 +61,8 @@ class Experiment:
     record = 16                      # dev samples whose hidden states are recorded during training; 0: none
     processor = None                 # tells Trainer which field of a sample has the length
     student = ('lr_student','steps_student','alpha','alpha_output','until','loss','norm','teacher_train',
-               'init','reset','reuse','start','aligned','align','lr_align','rates','lr_transferred','lr_mixers',
-               'keep')  # settings that standard models do not use
+               'init','reset','reuse','start','aligned','align','lr_align','rates','lr_transferred',
+               'lr_mixers','keep')  # settings that standard models do not use
 
     def read(self, tasks, **kwargs)->dict: raise NotImplementedError # task -> checked data with its `hash`
     def labels(self, data, task): raise NotImplementedError # describes the labels for the heads

@@ -71,7 +71,7 @@ class Lm(Experiment):
     recipe = LmRecipe
     mixer = 'mamba'
     rows = {'standard':{}, 'unguided':{}, 'target':{}, 'hybrid':{}, 'random weights':_random,
-            **{row: {**changes, 'mixer':'mamba2'} for row,changes in STARTED.items()}}
+            **{row: {**changes, 'mixer':'mamba2', 'alpha':10.} for row,changes in STARTED.items()}}
     modules = [*Experiment.modules, 'cald.data.tokens', 'cald.tasks.lm', 'cald.paper.table2']
     metrics = dict(perplexity='perplexity', bits='bits per byte')
     student = (*Experiment.student, 'd_state', 'd_inner', 'dt_rank', 'random_student')
