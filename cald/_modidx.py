@@ -16,6 +16,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                             'cald.align.Alignment.settings': ('align.html#alignment.settings', 'cald/align.py'),
                             'cald.align.Alignment.training_args': ('align.html#alignment.training_args', 'cald/align.py'),
                             'cald.align.align': ('align.html#align', 'cald/align.py'),
+                            'cald.align.mixer_states': ('align.html#mixer_states', 'cald/align.py'),
                             'cald.align.only_mixers': ('align.html#only_mixers', 'cald/align.py')},
             'cald.calibrate': { 'cald.calibrate.attention_distances': ('calibrate.html#attention_distances', 'cald/calibrate.py'),
                                 'cald.calibrate.attention_pairs': ('calibrate.html#attention_pairs', 'cald/calibrate.py'),
