@@ -227,7 +227,7 @@ def cmd_status(o):
         print(f'{os.path.relpath(folder)}/', df.drop(columns=['retrain','why']).to_string(), sep='\n')
         for name,why in df.why[df.why.ne('')].items(): print(f'  {name}: {shorten(why)}')
         print(', '.join(f'{n} {state}' for state,n in df.state.value_counts().items()), end='\n\n')
-    print('If stale: `cald accept NAME` shows that the numbers hold, `cald reproduce NAME` remakes them.')
+    print('If stale: `cald accept` where the numbers hold, else `cald reproduce NAME --publish --retrain`.')
 
 # %% ../../nbs/09c_reproduce.ipynb #302b8161
 def cmd_accept(o):
