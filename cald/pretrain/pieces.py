@@ -54,7 +54,7 @@ class DistilRecipe:
                      layers=(1,3), inner=48)
         return cls(**{**small, **overrides})
 
-DISTILLED = DistilRecipe(2000)
+DISTILLED = DistilRecipe(1200)
 
 # %% ../../nbs/10d_pieces.ipynb #78441943
 SPECIALS = ('[PAD]','[UNK]','[CLS]','[SEP]')
