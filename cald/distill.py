@@ -231,8 +231,9 @@ def load_training_state(self:Distiller, state:dict):
     "Restore `training_state`. Raises ValueError for the state of another guidance"
     self.guidance.load_state_dict(state['guidance'])
     ResumableTrainer.load_training_state(self, state)
-    self._loss_steps = state['steps']
     self._loss_sums = {k: v.to(self.args.device) for k,v in state['parts'].items()}
+    since = self.state.global_step-self._logged
+    self._loss_steps = state.get('steps') or dict.fromkeys(self._loss_sums, since) # not in older checkpoints
 
 # %% ../nbs/03_distill.ipynb #b6c51578
 @patch

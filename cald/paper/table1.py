@@ -221,7 +221,11 @@ HYPER = dict( # setting: name, column of the paper's Table 4, how we chose it at
     length=('tokens, at most', '', 'by hand', "the reference's"),
     dropout=('dropout', '', 'by hand', "the checkpoint's"),
     loss=('layer loss', '', 'by hand', "the reference's"),
-    alpha_output=('weight of the output loss', '', 'by hand', "the reference's"))
+    alpha_output=('weight of the output loss', '', 'by hand', "the reference's"),
+    lr_transferred=('learning rate, transferred weights, attention init', '', 'by hand on dev', 'not searched'),
+    lr_mixers=('learning rate, mixers, attention init', '', 'by hand on dev', 'not searched'),
+    align=('steps of the alignment', '', 'by hand', 'not searched'),
+    lr_align=('learning rate of the alignment', '', 'by hand', 'not searched'))
 
 # %% ../../nbs/06_nlp.ipynb #ce49e1fc
 def _hyper_parameters(task:str, scale:str, **overrides)->dict:
