@@ -77,7 +77,8 @@ def end_step(self:Aligner, control):
     ResumableTrainer.end_step(self, control)
     n = self.window
     if len(self.losses)%n or len(self.losses)<2*n: return
-    before,now = sum(self.losses[-2*n:-n]),sum(self.losses[-n:])
+    before = sum(self.losses[-2*n:-n])
+    now = sum(self.losses[-n:])
     if now>=before: control.should_training_stop = True
 
 @patch
@@ -107,9 +108,11 @@ def only_mixers(student):
 
 def mixer_states(student, teacher)->dict: # layer: name of a weight: copy
     "Copies of the weights of the mixers"
-    pairs = attention_pairs(student, teacher).items()
-    return {i: {n: p.clone() for n,p in ours.mixer.state_dict().items()} for i,(ours,_) in pairs
-            if hasattr(ours, 'mixer')}
+    states = {}
+    for i,(ours,_) in attention_pairs(student, teacher).items():
+        if not hasattr(ours, 'mixer'): continue
+        states[i] = {n: p.clone() for n,p in ours.mixer.state_dict().items()}
+    return states
 
 @dataclass
 class Alignment:

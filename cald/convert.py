@@ -69,7 +69,9 @@ def fit_headdim(d_inner:int, largest:int=64)->int:
 # %% ../nbs/01_convert.ipynb #c0a10011
 def _is_number(x, kind=(int,float)): return isinstance(x, kind) and not isinstance(x, bool) and 0<x<math.inf
 def _is_size(x): return _is_number(x, int)
-def _is_range(x): return isinstance(x, (tuple,list)) and len(x)==2 and all(map(_is_number, x)) and x[0]<=x[1]
+def _is_range(x):
+    if not isinstance(x, (tuple,list)) or len(x)!=2: return False
+    return all(map(_is_number, x)) and x[0]<=x[1]
 
 _rules = [ # arguments, test of a value, the rule in words
     ('d_state d_conv headdim ngroups chunk k', _is_size, 'an integer above 0'),
@@ -121,7 +123,8 @@ def layer_numbers(layers, # a number, several, or None for all
     if layers is None: return list(range(n))
     chosen = list(layers) if isinstance(layers, Iterable) else [layers]
     integers = all(isinstance(i, Integral) and not isinstance(i, bool) for i in chosen)
-    if not chosen or not integers or len(set(chosen))<len(chosen) or not set(chosen)<=set(range(n)):
+    different = len(set(chosen))==len(chosen)
+    if not chosen or not integers or not different or not set(chosen)<=set(range(n)):
         raise ValueError(f'layers={layers!r}: give different integers from 0 to {n-1}')
     return sorted(map(int, chosen))
 

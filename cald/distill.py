@@ -232,8 +232,10 @@ def load_training_state(self:Distiller, state:dict):
     self.guidance.load_state_dict(state['guidance'])
     ResumableTrainer.load_training_state(self, state)
     self._loss_sums = {k: v.to(self.args.device) for k,v in state['parts'].items()}
-    since = self.state.global_step-self._logged
-    self._loss_steps = state.get('steps') or dict.fromkeys(self._loss_sums, since) # not in older checkpoints
+    if 'steps' in state: self._loss_steps = state['steps']
+    else: # a checkpoint of before
+        since = self.state.global_step-state['logged']
+        self._loss_steps = dict.fromkeys(self._loss_sums, since)
 
 # %% ../nbs/03_distill.ipynb #b6c51578
 @patch

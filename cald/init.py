@@ -38,7 +38,10 @@ def head_size(config)->int:
 
 def repeat_heads(linear:Linear, heads:int, size:int)->Linear: # outputs: `heads` x `size`
     "Copy the outputs of each group of heads to every head of the group"
-    def repeated(t): return t.unflatten(0, (-1,size)).repeat_interleave(heads*size//len(t), 0).flatten(0,1)
+    copies = heads*size//len(linear.weight)
+    def repeated(t):
+        groups = t.unflatten(0, (-1,size))
+        return groups.repeat_interleave(copies, 0).flatten(0,1)
     return Linear(*map(repeated, linear))
 
 # %% ../nbs/00h_init.ipynb #00f10007
@@ -46,14 +49,19 @@ def split_fused(attention, config):
     "Query, key and value projections of a module that computes them in one layer; None without such a layer"
     heads = config.num_attention_heads
     if hasattr(attention, 'c_attn'): # queries of all heads, then keys, then values
-        return [Linear(*parts) for parts in zip(*(t.chunk(3) for t in as_linear(attention.c_attn)))]
+        split = [t.chunk(3) for t in as_linear(attention.c_attn)]
+        return [Linear(*parts) for parts in zip(*split)]
     if hasattr(attention, 'query_key_value'): # query, key and value of each head
-        split = [t.unflatten(0, (heads,3,-1)).unbind(1) for t in as_linear(attention.query_key_value)]
-        return [Linear(*(t.flatten(0,1) for t in parts)) for parts in zip(*split)]
+        fused = as_linear(attention.query_key_value)
+        split = [t.unflatten(0, (heads,3,-1)).unbind(1) for t in fused]
+        flat = [[t.flatten(0,1) for t in parts] for parts in split]
+        return [Linear(*parts) for parts in zip(*flat)]
 
 def attention_projections(attention, config)->Projections: # `config` of its model
     "The projections of an attention module, for all heads; ValueError if their names are unknown"
-    def named(part): return next((getattr(attention, n) for n in _names[part] if hasattr(attention, n)), None)
+    def named(part):
+        found = [getattr(attention, n) for n in _names[part] if hasattr(attention, n)]
+        return found[0] if found else None
     qkv = split_fused(attention, config)
     if qkv is None:
         modules = [named(part) for part in 'qkv']
@@ -82,15 +90,16 @@ def attention_shape_args(config)->dict: # of the source
     d = head_size(config)
     heads = config.num_attention_heads
     expand = heads*d/config.hidden_size
-    return dict(ngroups=heads, d_state=d, headdim=d, expand=int(expand) if expand==int(expand) else expand,
-                bias=True)
+    if expand==int(expand): expand = int(expand)
+    return dict(ngroups=heads, d_state=d, headdim=d, expand=expand, bias=True)
 
 DT = 0.1 # time step of `start_mamba2`
 
 def set_memory(m:Mamba2, distance): # positions, one number or (heads,)
     "Let an input of each head decay by e in `distance` positions"
     distance = torch.as_tensor(distance, dtype=m.A_log.dtype, device=m.A_log.device)
-    with torch.no_grad(): m.A_log.copy_((DT*distance.clamp(min=.5)).reciprocal().log().expand_as(m.A_log))
+    rate = 1/(DT*distance.clamp(min=.5))
+    with torch.no_grad(): m.A_log.copy_(rate.log().expand_as(m.A_log))
 
 def open_gate(m, rows:slice):
     "Weights 0 and bias 1 for the gate, which is `rows` of the input projection"
@@ -112,12 +121,14 @@ def start_mamba2(m:Mamba2, p:Projections,
                  distance:float=16):# positions that the attention looks back
     "Start `m` from an attention with the projections `p`; ValueError if it has another shape"
     d = m.d_inner
-    if m.in_proj.bias is None or len(p.v.weight)!=d or m.ngroups!=m.nheads or m.d_state!=m.headdim:
+    shaped = len(p.v.weight)==d and m.ngroups==m.nheads and m.d_state==m.headdim
+    if m.in_proj.bias is None or not shaped:
         raise ValueError("init='attention' needs a mamba2 of the attention's shape: leave ngroups, d_state, "
                          'headdim, expand and bias to `convert`')
     score = 2*m.d_state**-.25
     open_gate(m, slice(d))
-    for i,(linear,scale) in enumerate(((p.v,.1),(p.k,score),(p.q,score)), 1):
+    after_gate = (p.v,.1),(p.k,score),(p.q,score)
+    for i,(linear,scale) in enumerate(after_gate, 1):
         rows = slice(i*d, (i+1)*d)
         m.in_proj.weight[rows] = linear.weight*scale
         m.in_proj.bias[rows] = linear.bias*scale
@@ -141,7 +152,8 @@ def start_mamba(m, p:Projections, share:int=1): # arguments as in `start_mamba2`
     m.in_proj.weight[:len(weight)] = weight
     m.in_proj.bias[:len(bias)] = bias
     open_gate(m, slice(d, None))
-    if len(p.v.weight)<=d: copy_output(m, p.o, share, slice(len(p.v.weight)))
+    inner = len(p.v.weight)
+    if inner<=d: copy_output(m, p.o, share, slice(inner))
 
 # %% ../nbs/00h_init.ipynb #00f10016
 def init_args(to:str, config)->dict: # of the source

@@ -30,7 +30,8 @@ def mix_rows(x:Tensor, # (batch, heads, length, headdim)
         return Et @ tokens / sizes.to(x.dtype).clamp(min=1e-6)[:,None,:,None]
     if mask is None: return Et @ x / x.shape[2]**0.5
     n = mask.sum(1).clamp(min=1).to(x.dtype)
-    return Et @ x.masked_fill(~mask[:,None,:,None], 0) * n[:,None,None,None].rsqrt()
+    tokens = x.masked_fill(~mask[:,None,:,None], 0)
+    return Et @ tokens * n[:,None,None,None].rsqrt()
 
 # %% ../nbs/00_ops.ipynb #a0838ca1
 def slot_sizes(E:Tensor, mask:Tensor=None)->Tensor: # as in `mix_rows` -> (1 or batch, number of mixtures)
@@ -49,7 +50,8 @@ def linformer_attention(q:Tensor, k:Tensor, v:Tensor, # (batch, heads, length, h
     attend = functools.partial(F.scaled_dot_product_attention, q, dropout_p=dropout)
     if norm=='length': return attend(mix_rows(k, E, mask), mix_rows(v, F_, mask))
     sizes = slot_sizes(E, mask)
-    keys,values = mix_rows(k, E, mask, sizes),mix_rows(v, F_, mask, slot_sizes(F_, mask))
+    keys = mix_rows(k, E, mask, sizes)
+    values = mix_rows(v, F_, mask, slot_sizes(F_, mask))
     log_sizes = sizes.clamp(min=1e-6).log().masked_fill(sizes<1e-6, -math.inf) # no attention to empty slots
     return attend(keys, values, attn_mask=log_sizes[:,None,None].to(q.dtype))
 

@@ -107,7 +107,8 @@ def about_the_question(docs:pd.DataFrame, each:int=2, # most sentences of one do
             p,p_sentences = found[i]
             q,q_sentences = found[j]
             for s,t in zip(p_sentences, q_sentences):
-                groups.append([(p,s,*yes), (q,t,*yes), (p,t,*no), (q,s,*no)])
+                groups.append([(p,s,*yes), (q,t,*yes),
+                       (p,t,*no), (q,s,*no)])
     return group_frame(groups)
 
 # %% ../../nbs/04c_standins.ipynb #5c89aadf

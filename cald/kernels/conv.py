@@ -38,9 +38,12 @@ def causal_conv(x:Tensor,      # (batch, length, channels)
     "Convolve each channel by itself over the last `width` positions"
     before = weight.shape[-1]-1
     one_step = state is not None and x.shape[1]==1
-    x = F.pad(x, (0,0,before,0)) if state is None else torch.cat([state.to(x.dtype), x], 1)
+    if state is None: x = F.pad(x, (0,0,before,0))
+    else: x = torch.cat([state.to(x.dtype), x], 1)
     if one_step: y = depthwise_step(x, weight, bias)
-    else: y = F.conv2d(x.mT[:,:,None], weight[:,:,None], bias, groups=len(weight))[:,:,0].mT
+    else:
+        y = F.conv2d(x.mT[:,:,None], weight[:,:,None], bias, groups=len(weight))
+        y = y[:,:,0].mT
     return y,last_inputs(x, before, mask)
 
 # %% ../../nbs/00c_conv.ipynb #00c10001
@@ -198,7 +201,8 @@ class ConvSilu(torch.autograd.Function):
 @torch.compiler.disable # torch's compiler cannot trace ctypes
 def conv_silu_cpp(x, weight, bias, state): # as in `conv_silu`
     if x.stride(2)!=1: x = x.contiguous()
-    return ConvSilu.apply(x, weight[:,0].mT.contiguous(), bias, None if state is None else state.contiguous())
+    if state is not None: state = state.contiguous()
+    return ConvSilu.apply(x, weight[:,0].mT.contiguous(), bias, state)
 
 # %% ../../nbs/00c_conv.ipynb #00c10007
 def in_cpp(x, weight)->bool:
@@ -213,7 +217,9 @@ def conv_silu(x, weight, bias=None, state=None, mask=None)->tuple: # as in `caus
     if (state is not None and x.shape[1]==1) or not in_cpp(x, weight):
         y,last = causal_conv(x, weight, bias, state, mask)
         return F.silu(y),last
-    if state is None: extended = x if x.shape[1]>=before and mask is None else F.pad(x, (0,0,before,0))
+    if state is None:
+        enough = x.shape[1]>=before and mask is None
+        extended = x if enough else F.pad(x, (0,0,before,0))
     else:
         state = state.to(x.dtype)
         extended = torch.cat([state, x[:,-before:] if mask is None else x], 1)

@@ -159,7 +159,8 @@ def check_scan(u, dt, A, B, C, D=None, state=None):
         raise ValueError('u must be (batch, length, d_inner) and A (d_inner, d_state), '
                          f'not {tuple(u.shape)} and {tuple(A.shape)}')
     (b,l,d),n = u.shape,A.shape[1]
-    shapes = dict(u=(b,l,d), dt=(b,l,d), A=(d,n), B=(b,l,n), C=(b,l,n), D=(d,), state=(b,d,n))
+    shapes = dict(u=(b,l,d), dt=(b,l,d), A=(d,n), D=(d,))
+    shapes |= dict(B=(b,l,n), C=(b,l,n), state=(b,d,n))
     for k,v in given.items():
         if v.shape!=shapes[k]:
             raise ValueError(f'{k} is {tuple(v.shape)}; with u {(b,l,d)} and A {tuple(A.shape)} '
@@ -215,9 +216,11 @@ def scan_backward(u, dt, A, B, C, D, state, kept, chunk, gy, gstate)->tuple:
     if gstate is not None: gstate = gstate.contiguous()
     du = torch.empty_like(u)
     ddt = torch.empty_like(u)
-    shapes = [(batch,*A.shape), (groups,*B.shape), (groups,*C.shape), (batch,len(A)), (batch,*A.shape)]
+    of_A = batch,*A.shape
+    shapes = [of_A, (groups,*B.shape), (groups,*C.shape), (batch,len(A)), of_A]
     dA,dB,dC,dD,dstate = (u.new_empty(shape) for shape in shapes)
-    call('backward', [u,dt,A,B,C,D,kept,gy,gstate,du,ddt,dA,dB,dC,dD,dstate], z)
+    given = u,dt,A,B,C,D,kept,gy,gstate
+    call('backward', [*given,du,ddt,dA,dB,dC,dD,dstate], z)
     return du,ddt,dA,dB,dC,dD,dstate
 
 # %% ../../nbs/00b_ops_cpp.ipynb #8c4201ee

@@ -114,7 +114,8 @@ def ready(self:Experiment, c, r:Recipe, labels,
     if r.reset: reinitialise(student, r.reset, c.seed)
     waypoints = find_snapshots(standard/'train')
     loss = self.task_loss(source, labels)
-    return student,guidance_for(c.mode, r, target, source, waypoints, self.load, loss, **self.trajectory(r))
+    teachers = target,source,waypoints
+    return student,guidance_for(c.mode, r, *teachers, self.load, loss, **self.trajectory(r))
 
 # %% ../../nbs/03g_experiment.ipynb #7076d329
 @patch
@@ -156,7 +157,8 @@ def train_cell(self:Experiment, c, run, data, store)->dict:
     sets = {split: self.part(data, task, split) for split in ('train','dev','test')}
     if r.train_share<1: sets['train'] = draw_share(sets['train'], r.train_share, c.seed)
     few = evenly_spaced(sets['train'], 16*r.batch) if r.keep else []
-    batches = [self.collate(few[i:i+r.batch]) for i in range(0, len(few), r.batch)]
+    starts = range(0, len(few), r.batch)
+    batches = [self.collate(few[i:i+r.batch]) for i in starts]
     model,guidance = self.ready(c, r, labels, standard and standard.folder, batches)
     result = {}
     if r.of(c.mode)[1]:
@@ -267,7 +269,8 @@ def shown(self:Experiment, summary)->pd.DataFrame: # of `table`
 @patch
 def plot_modes(self:Experiment, summary):
     "The test metric of every row of `table`: seeds, mean and 95 % interval"
-    metrics = summary.task.map({name: self.metrics[t.metric] for name,t in self.tasks.items()})
+    shown = {name: self.metrics[t.metric] for name,t in self.tasks.items()}
+    metrics = summary.task.map(shown)
     return plots.plot_modes(summary[summary.metric==metrics], self.tasks)
 
 @patch
@@ -280,7 +283,8 @@ def curves(self:Experiment, results, store)->pd.DataFrame:
         metric = f'eval_{self.tasks[r.task].metric}'
         if metric not in logged: continue
         for step,value in logged[['step',metric]].dropna().values:
-            rows.append(dict(task=r.task, mode=r.row, seed=r.seed, step=int(step), value=value))
+            found = dict(task=r.task, mode=r.row, seed=r.seed)
+            rows.append(dict(found, step=int(step), value=value))
     return pd.DataFrame(rows, columns=['task','mode','seed','step','value'])
 
 @patch

@@ -197,7 +197,9 @@ class FirstEstimate(TrainerCallback):
         self.pending = False
         share = (state.global_step-self.first)/state.max_steps # of this run
         costs = {r.key: self.cost(r) for r in self.run.unknown}
-        minutes = seconds/share*sum(costs.values())/costs[self.run.key]/self.run.workers/60
+        this_run = seconds/share
+        all_runs = this_run*sum(costs.values())/costs[self.run.key]
+        minutes = all_runs/self.run.workers/60
         text = f'about {minutes:.0f} minutes for {len(costs)} runs, as measured here in {seconds:.0f} s'
         log_progress(self.run.folder.parent, text)
 
@@ -215,4 +217,5 @@ def chance_score(ds)->float:
 def draw_share(ds, share:float, seed:int):
     "A `share` of the samples of `ds`, at least one, drawn by `seed`; a larger share contains a smaller one"
     order = torch.randperm(len(ds), generator=torch.Generator().manual_seed(seed))
-    return torch.utils.data.Subset(ds, order[:max(1, round(share*len(ds)))].tolist())
+    n = max(1, round(share*len(ds)))
+    return torch.utils.data.Subset(ds, order[:n].tolist())

@@ -34,7 +34,9 @@ def mean_ci(values)->Interval:
     n = len(x)
     m = float(x.mean(skipna=False))
     half = math.nan
-    if n>1: half = stats.t.ppf(.975, n-1)*x.std(ddof=1, skipna=False)/n**.5
+    if n>1:
+        error = x.std(ddof=1, skipna=False)/n**.5
+        half = stats.t.ppf(.975, n-1)*error
     return Interval(m, float(m-half), float(m+half), n)
 
 # %% ../../nbs/03d_results.ipynb #9ac69aee

@@ -208,7 +208,8 @@ def owner(self:Run):
 def changed(self:Run)->list:
     "The modules whose code differs from that of any session of this run"
     names = sorted({*self.code, *(m for s in self.sessions for m in s['code'])})
-    return [m for m,h in fingerprint(names).items() if any(s['code'].get(m)!=h for s in self.sessions)]
+    now = fingerprint(names).items()
+    return [m for m,h in now if any(s['code'].get(m)!=h for s in self.sessions)]
 
 @patch
 def state(self:Run)->str:

@@ -107,7 +107,8 @@ def cka(X, Y, debiased=True, exact=True, size=None)->float:
     "Linear CKA of `X` (n, d_x) and `Y` (n, d_y), in minibatches of `size`"
     c = CKA(debiased, exact)
     size = size or len(X)
-    for x,y in zip(X.split(size), Y.split(size)): c.update(dict(x=x), dict(y=y))
+    for x,y in zip(X.split(size), Y.split(size)):
+        c.update(dict(x=x), dict(y=y))
     return c.between('x', 'y')
 
 # %% ../../nbs/08_cka.ipynb #a9760fe8

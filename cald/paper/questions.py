@@ -274,7 +274,8 @@ def plot_loss(level, tasks, alphas):
 def contribution_rows(**changes)->dict: # of every row
     "The eight combinations of guidance, start and alignment, with learning rates by origin"
     rows = {}
-    for mode,start,aligned in itertools.product(('unguided','target'), ('fresh','attention'), (False,True)):
+    choices = ('unguided','target'),('fresh','attention'),(False,True)
+    for mode,start,aligned in itertools.product(*choices):
         name = ', '.join([mode, start]+['aligned']*aligned)
         rows[name] = dict(mode=mode, rates='two', start=start, aligned=aligned, **changes)
     return rows
@@ -287,5 +288,6 @@ def plot_contributions(level, tasks):
     lines = {mode: [name for name in rows if name.startswith(mode)] for mode in ('unguided','target')}
     styles = {mode: dict(line_style(mode), ls='') for mode in lines}
     fig = plot_rows(level, tasks, x, lines, '', base='standard', styles=styles)
-    for ax in fig.axes: ax.set_xticks(range(len(starts)), [s.replace(', ', ',\n') for s in starts])
+    labels = [s.replace(', ', ',\n') for s in starts]
+    for ax in fig.axes: ax.set_xticks(range(len(starts)), labels)
     return fig

@@ -78,7 +78,8 @@ def project(old:nn.Linear, new:nn.Linear,
 
 def project_norm(old:nn.LayerNorm, new:nn.LayerNorm, axes:Tensor):
     "The scales of `old` along `axes`; a norm over fewer axes leaves larger values, which the root undoes"
-    new.weight.copy_(axes.square().T@old.weight*math.sqrt(.9*len(axes)/axes.shape[1]))
+    gain = math.sqrt(.9*len(axes)/axes.shape[1])
+    new.weight.copy_(axes.square().T@old.weight*gain)
     new.bias.zero_()
 
 def most_active(x:Tensor,     # (tokens, n)
@@ -133,7 +134,9 @@ class Distillation(nn.Module):
         width = teacher.config.hidden_size
         self.widen = nn.ModuleList(nn.Linear(r.hidden, width) for _ in (0,*r.layers))
         self.sentence = nn.Linear(r.hidden, width)
-        self.similarity = nn.Sequential(nn.Linear(r.hidden, r.hidden), nn.Tanh(), nn.Linear(r.hidden, 2))
+        first = nn.Linear(r.hidden, r.hidden)
+        last = nn.Linear(r.hidden, 2)
+        self.similarity = nn.Sequential(first, nn.Tanh(), last)
         self.match = nn.Linear(r.hidden, 1)
         words = teacher.embeddings.word_embeddings.weight[pieces.ids]
         self.words = words-words.mean(0)

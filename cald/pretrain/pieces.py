@@ -166,7 +166,8 @@ def draw_distilled(corpus:SentenceCorpus, r:DistilRecipe, step:int, pieces:Piece
     rows = [replace_words(ids, rng.choice(r.replaced), pieces, rng) for ids in rows]
     pairs = draw_pairs(corpus, r, pieces, rng)
     first,second = zip(*pairs)
-    return {k: pad_tokens(v) for k,v in dict(sentences=rows, pairs=pairs, first=first, second=second).items()}
+    found = dict(sentences=rows, pairs=pairs, first=first, second=second)
+    return {k: pad_tokens(v) for k,v in found.items()}
 
 # %% ../../nbs/10d_pieces.ipynb #5a68c7b3
 def start_sample(corpus:SentenceCorpus, r:DistilRecipe, pieces:Pieces, n:int=300)->Tensor: # (n, length)
@@ -176,4 +177,5 @@ def start_sample(corpus:SentenceCorpus, r:DistilRecipe, pieces:Pieces, n:int=300
     middle = np.flatnonzero((corpus.sizes>=low)&(corpus.sizes<=high))
     shares = rng.choice(r.replaced, n)
     chosen = rng.choice(middle, n)
-    return pad_tokens([replace_words(corpus.ids[i], s, pieces, rng) for i,s in zip(chosen, shares)])
+    replaced = [replace_words(corpus.ids[i], s, pieces, rng) for i,s in zip(chosen, shares)]
+    return pad_tokens(replaced)
