@@ -108,7 +108,7 @@ def about_the_question(docs:pd.DataFrame, each:int=2, # most sentences of one do
             q,q_sentences = found[j]
             for s,t in zip(p_sentences, q_sentences):
                 groups.append([(p,s,*yes), (q,t,*yes),
-                       (p,t,*no), (q,s,*no)])
+                               (p,t,*no), (q,s,*no)])
     return group_frame(groups)
 
 # %% ../../nbs/04c_standins.ipynb #5c89aadf

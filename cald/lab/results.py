@@ -35,8 +35,8 @@ def mean_ci(values)->Interval:
     m = float(x.mean(skipna=False))
     half = math.nan
     if n>1:
-        error = x.std(ddof=1, skipna=False)/n**.5
-        half = stats.t.ppf(.975, n-1)*error
+        spread = stats.t.ppf(.975, n-1)*x.std(ddof=1, skipna=False)
+        half = spread/n**.5
     return Interval(m, float(m-half), float(m+half), n)
 
 # %% ../../nbs/03d_results.ipynb #9ac69aee
