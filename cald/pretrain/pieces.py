@@ -6,7 +6,7 @@
 __all__ = ['DISTILLED', 'SPECIALS', 'ASCII', 'UNUSED', 'DistilRecipe', 'Pieces', 'SentenceCorpus', 'sentence_corpora',
            'replace_words', 'pad_tokens', 'alike', 'draw_sentences', 'draw_pairs', 'draw_distilled', 'start_sample']
 
-# %% ../../nbs/10d_pieces.ipynb #6d869f64
+# %% ../../nbs/10d_pieces.ipynb #e6ee8754
 import hashlib
 import re
 from dataclasses import dataclass
@@ -22,11 +22,11 @@ from tokenizers.processors import TemplateProcessing
 from torch import nn,Tensor
 from transformers import PreTrainedTokenizerFast
 
-# %% ../../nbs/10d_pieces.ipynb #b6016e13
+# %% ../../nbs/10d_pieces.ipynb #104b8ba0
 from ..data.docs import lines
 from ..data.prose import sentences
 
-# %% ../../nbs/10d_pieces.ipynb #d77182a8
+# %% ../../nbs/10d_pieces.ipynb #1d2f1428
 @dataclass(frozen=True)
 class DistilRecipe:
     "Settings of a distillation of MiniLM; the schedule is that of `rate_at`"
@@ -56,7 +56,7 @@ class DistilRecipe:
 
 DISTILLED = DistilRecipe(1200)
 
-# %% ../../nbs/10d_pieces.ipynb #78441943
+# %% ../../nbs/10d_pieces.ipynb #9b2d41c9
 SPECIALS = ('[PAD]','[UNK]','[CLS]','[SEP]')
 ASCII = re.compile(r'[\x21-\x7e]+')
 UNUSED = re.compile(r'\[(unused\d+|MASK)\]')
@@ -88,7 +88,7 @@ class Pieces:
         return PreTrainedTokenizerFast(tokenizer_object=core, **roles, model_max_length=512,
                                        model_input_names=['input_ids','token_type_ids','attention_mask'])
 
-# %% ../../nbs/10d_pieces.ipynb #0c33d9e9
+# %% ../../nbs/10d_pieces.ipynb #158b05b1
 class SentenceCorpus:
     "The sentences of documentation as tokens; `nexts` are those whose successor is of the same docstring"
     def __init__(self, docs, tokenizer, shortest:int=4, longest:int=126): # tokens of a sentence
@@ -111,7 +111,7 @@ def sentence_corpora(docs, tokenizer)->tuple: # of the training files, of all ot
     train = docs.split=='train'
     return tuple(SentenceCorpus(docs[rows], tokenizer) for rows in (train,~train))
 
-# %% ../../nbs/10d_pieces.ipynb #cbec3585
+# %% ../../nbs/10d_pieces.ipynb #1bb529b3
 def replace_words(ids:np.ndarray, share:float, pieces:Pieces, rng)->np.ndarray:
     "`ids` with a random word of the vocabulary instead of `share` of its words that are one piece"
     ends = np.append(pieces.begins[ids[1:]], True) # the next piece begins a word
@@ -141,7 +141,7 @@ def draw_sentences(corpus:SentenceCorpus, r:DistilRecipe, step:int, rng)->list:
     starts = rng.integers(0, len(corpus.ids), max(1, r.tokens//r.longest))
     return [np.concatenate(corpus.ids[i:i+most//4])[:most] for i in starts]
 
-# %% ../../nbs/10d_pieces.ipynb #505b53bc
+# %% ../../nbs/10d_pieces.ipynb #b78fcaaf
 def draw_pairs(corpus:SentenceCorpus, r:DistilRecipe, pieces:Pieces, rng,
                most:int=40)->list: # most tokens of a text; (first, second)
     "Sentences with their successor, with a random sentence, or with a changed copy"
@@ -169,7 +169,7 @@ def draw_distilled(corpus:SentenceCorpus, r:DistilRecipe, step:int, pieces:Piece
     found = dict(sentences=rows, pairs=pairs, first=first, second=second)
     return {k: pad_tokens(v) for k,v in found.items()}
 
-# %% ../../nbs/10d_pieces.ipynb #5a68c7b3
+# %% ../../nbs/10d_pieces.ipynb #41946f16
 def start_sample(corpus:SentenceCorpus, r:DistilRecipe, pieces:Pieces, n:int=300)->Tensor: # (n, length)
     "Sentences of middle length, some of their words replaced, from which the start is computed"
     rng = np.random.default_rng(r.seed)
