@@ -109,6 +109,7 @@ def head_distances(weights, mask)->torch.Tensor: # (batch, heads, length, length
         return torch.stack([by_head(distance.clamp(min=0)), weight])
     return torch.stack([one_side(lag), one_side(-lag)])
 
+# %% ../nbs/02b_calibrate.ipynb #02b1a771
 def attention_distances(student, teacher, batches)->dict: # layer: (2 sides, heads), positions
     "Mean distance of the keys before and after a query, weighted by the attention of `teacher`"
     sums = {}

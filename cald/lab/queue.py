@@ -103,9 +103,7 @@ def train_missing(cells, fn, store, data, # hash of the data of a run, or a dict
     def in_order(todo):
         if workers>1: todo = longest_first(todo, runs, [r for r in store.runs() if r.done])
         return deque(broadcast(list(todo)))
-    def take(r):
-        keys = [runs[i].key for i in todo]
-        return is_ready(r, after, run_of, needed, keys) and r.acquire()
+    def take(r): return is_ready(r, after, run_of, needed, [runs[i].key for i in todo]) and r.acquire()
     runs = [run_of(c) for c in cells]
     warn_stale(runs, retrain)
     todo = in_order([i for i,r in enumerate(runs) if needed(r)])

@@ -222,7 +222,8 @@ HYPER = dict( # setting: name, column of the paper's Table 4, how we chose it at
     dropout=('dropout', '', 'by hand', "the checkpoint's"),
     loss=('layer loss', '', 'by hand', "the reference's"),
     alpha_output=('weight of the output loss', '', 'by hand', "the reference's"),
-    lr_transferred=('learning rate, transferred weights, attention init', '', 'by hand on dev', 'not searched'),
+    lr_transferred=('learning rate, transferred weights, attention init', '', 'by hand on dev',
+                    'not searched'),
     lr_mixers=('learning rate, mixers, attention init', '', 'by hand on dev', 'not searched'),
     align=('steps of the alignment', '', 'by hand', 'not searched'),
     lr_align=('learning rate of the alignment', '', 'by hand', 'not searched'))
