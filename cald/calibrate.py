@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['attention_pairs', 'on_attention', 'first', 'run_layers', 'squares', 'add_up', 'layer_errors', 'eager_attention',
            'head_distances', 'attention_distances', 'calibrate_memory', 'inputs_of', 'output_features', 'set_output',
-           'directions', 'calibrate_output', 'calibrate', 'prediction_distance', 'layer_effects', 'choose_layers',
+           'calibrate_output', 'calibrate', 'prediction_distance', 'layer_effects', 'choose_layers',
            'plot_layer_effects']
 
 # %% ../nbs/02b_calibrate.ipynb #02b10003
@@ -20,7 +20,7 @@ from transformers.utils import find_labels
 from .convert import convert,family_of
 from .hidden_states import state_mask
 from .init import set_memory
-from .mixers import Bidirectional,reverse_padded,zero_pads
+from .mixers import directions,reverse_padded,zero_pads
 from .models import FAMILIES
 
 # %% ../nbs/02b_calibrate.ipynb #02b10006
@@ -126,12 +126,10 @@ def attention_distances(student, teacher, batches)->dict: # layer: (2 sides, hea
 
 def calibrate_memory(student, teacher, batches):
     "Give each head of the student's Mamba2 mixers the memory of the teacher's attention head"
+    pairs = attention_pairs(student, teacher)
     for i,distance in attention_distances(student, teacher, batches).items():
-        mixer = attention_pairs(student, teacher)[i][0].mixer
-        if not isinstance(mixer, Bidirectional): set_memory(mixer, distance[0])
-        else:
-            set_memory(mixer.fw, 2*distance[0])
-            set_memory(mixer.bw, 2*distance[1])
+        parts = directions(pairs[i][0].mixer)
+        for m,side in zip(parts, distance): set_memory(m, len(parts)*side) # twice the distance in a pair
 
 # %% ../nbs/02b_calibrate.ipynb #02b10011
 @contextmanager
@@ -146,15 +144,13 @@ def inputs_of(module):
 def output_features(ours, call)->tuple: # student's module, its arguments
     "Inputs (positions, features) of the output projection of a mixer or a pair, its bias as ones; its input"
     mixer = ours.mixer
-    pair = isinstance(mixer, Bidirectional)
+    parts = directions(mixer)
     args,kwargs = call
-    with inputs_of(mixer) as given,inputs_of((mixer.fw if pair else mixer).out_proj) as fw:
-        if not pair: ours(*args, **kwargs)
-        else:
-            with inputs_of(mixer.bw.out_proj) as bw: ours(*args, **kwargs)
+    with inputs_of(mixer) as given,inputs_of(parts[0].out_proj) as fw,inputs_of(parts[-1].out_proj) as bw:
+        ours(*args, **kwargs)
     x,mask = (*given[0], None)[:2]
     features = [fw[0][0]]
-    if pair: features.append(reverse_padded(bw[0][0], mask))
+    if len(parts)>1: features.append(reverse_padded(bw[0][0], mask))
     return torch.cat([*features, torch.ones_like(x[...,:1])], -1),x
 
 @torch.no_grad()
@@ -167,8 +163,6 @@ def set_output(mixer, solution): # (features, d_model), as `output_features` has
         if m.out_proj.bias is not None: m.out_proj.bias.zero_()
     first_bias = parts[0].out_proj.bias
     if first_bias is not None: first_bias.copy_(bias[0])
-
-def directions(mixer)->list: return [mixer.fw,mixer.bw] if isinstance(mixer, Bidirectional) else [mixer]
 
 # %% ../nbs/02b_calibrate.ipynb #02b10012a
 @torch.no_grad()
@@ -186,10 +180,11 @@ def calibrate_output(student, teacher, batches,
             t = target[mask].double()
             add_up(sums, i, (f.mT@f, f.mT@t))
         with on_attention(student, teacher, use): run_layers(teacher, batch)
+    pairs = attention_pairs(student, teacher)
     for i,(gram,moments) in sums.items():
         penalty = ridge*gram.diagonal()[:-1].mean()
         penalty = penalty.clamp(min=1e-9)*torch.eye(len(gram)).to(gram)
-        set_output(attention_pairs(student, teacher)[i][0].mixer, torch.linalg.solve(gram+penalty, moments))
+        set_output(pairs[i][0].mixer, torch.linalg.solve(gram+penalty, moments))
 
 def calibrate(student, teacher, batches):
     "Set the memory of mixers that started from the attention, and the output projection of every Mamba"

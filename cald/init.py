@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['Linear', 'Projections', 'DT', 'ATTENTION_STARTS', 'as_linear', 'head_size', 'repeat_heads', 'split_fused',
-           'attention_projections', 'start_linformer', 'attention_shape_args', 'set_memory', 'open_gate', 'copy_output',
-           'start_mamba2', 'start_mamba', 'init_args', 'start_from_attention', 'start_of']
+           'attention_projections', 'start_linformer', 'attention_shape_args', 'set_memory', 'open_gate',
+           'copy_projections', 'copy_output', 'start_mamba2', 'start_mamba', 'init_args', 'start_from_attention',
+           'start_of']
 
 # %% ../nbs/00h_init.ipynb #00f10003
 import math
@@ -15,7 +16,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from .mixers import Bidirectional,LinformerProjection,Mamba2
+from .mixers import directions,LinformerProjection,Mamba2
 
 # %% ../nbs/00h_init.ipynb #00f10006
 Linear = namedtuple('Linear', 'weight bias') # (out, in), (out,)
@@ -106,6 +107,15 @@ def open_gate(m, rows:slice):
     m.in_proj.weight[rows] = 0
     m.in_proj.bias[rows] = 1
 
+def copy_projections(m:Mamba2, p:Projections, value:float=1., score:float=1.): # factors
+    "Start x from the values, B from the keys and C from the queries of an attention"
+    d = m.d_inner
+    after_gate = (p.v,value),(p.k,score),(p.q,score)
+    for i,(linear,scale) in enumerate(after_gate, 1):
+        rows = slice(i*d, (i+1)*d)
+        m.in_proj.weight[rows] = linear.weight*scale
+        m.in_proj.bias[rows] = linear.bias*scale
+
 def copy_output(m, o:Linear, share:int, columns:slice=slice(None)):
     "Start the output projection from `o` divided by `share`; the identity if the attention has none"
     d = m.out_proj.weight[:,columns].shape[1]
@@ -127,11 +137,7 @@ def start_mamba2(m:Mamba2, p:Projections,
                          'headdim, expand and bias to `convert`')
     score = 2*m.d_state**-.25
     open_gate(m, slice(d))
-    after_gate = (p.v,.1),(p.k,score),(p.q,score)
-    for i,(linear,scale) in enumerate(after_gate, 1):
-        rows = slice(i*d, (i+1)*d)
-        m.in_proj.weight[rows] = linear.weight*scale
-        m.in_proj.bias[rows] = linear.bias*scale
+    copy_projections(m, p, .1, score)
     m.in_proj.weight[4*d:] = 0
     m.in_proj.bias[4*d:] = 0
     m.conv1d.weight.zero_()
@@ -165,8 +171,8 @@ def start_from_attention(mixer, attention, config): # configuration of the sourc
     "Start `mixer` from `attention`; ValueError if it cannot"
     if isinstance(mixer, LinformerProjection): return start_linformer(mixer)
     p = attention_projections(attention, config)
-    directions = [mixer.fw,mixer.bw] if isinstance(mixer, Bidirectional) else [mixer]
-    for m in directions: (start_mamba2 if isinstance(m, Mamba2) else start_mamba)(m, p, len(directions))
+    parts = directions(mixer)
+    for m in parts: (start_mamba2 if isinstance(m, Mamba2) else start_mamba)(m, p, len(parts))
 
 # %% ../nbs/00h_init.ipynb #00f10019
 ATTENTION_STARTS = [ # mixer, end of a weight's name, how the weight starts

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['padding_mask', 'is_additive', 'zero_pads', 'reverse_padded', 'RMSNormGated', 'init_dt_bias', 'no_weight_decay',
            'MixerState', 'Recurrent', 'has_gaps', 'tokens_first_order', 'gather_rows', 'Mamba2', 'short_conv', 'Mamba',
-           'Bidirectional', 'LinformerProjection']
+           'Bidirectional', 'directions', 'LinformerProjection']
 
 # %% ../nbs/00d_mixers.ipynb #474c357b
 import math
@@ -253,6 +253,10 @@ class Bidirectional(nn.Module):
         backwards = self.bw(reverse_padded(x, mask), mask)
         y = forwards + reverse_padded(backwards, mask)
         return y + zero_pads(x, mask) if self.residual else y
+
+def directions(mixer)->list:
+    "The mixers of a pair, forwards first, or `mixer` alone"
+    return [mixer.fw,mixer.bw] if isinstance(mixer, Bidirectional) else [mixer]
 
 # %% ../nbs/00d_mixers.ipynb #46415270
 class LinformerProjection(nn.Module):

@@ -1,6 +1,5 @@
 "Initialisation from the attention, calibration, alignment: numbers against references, every family, interruption"
-import copy
-from pathlib import Path
+import copy, shutil
 
 import pytest, torch, transformers
 from torch import nn
@@ -222,8 +221,8 @@ def test_a_training_with_alignment_resumes_to_the_bit(tmp_path, at):
     assert (straight.alignment_errors.after<straight.alignment_errors.before).all()
 
 def test_an_alignment_of_other_settings_is_refused(tmp_path):
-    distiller(tmp_path, steps=0 or 1).train()
-    for checkpoint in tmp_path.glob('checkpoint-*'): __import__('shutil').rmtree(checkpoint)
+    distiller(tmp_path, steps=1).train()
+    for checkpoint in tmp_path.glob('checkpoint-*'): shutil.rmtree(checkpoint)
     with pytest.raises(ValueError, match='delete it, or choose another folder'):
         distiller(tmp_path, align=Alignment(model('roberta'), 5)).train(resume=True)
 

@@ -13,7 +13,8 @@ import pandas as pd
 import torch
 from fastcore.basics import patch
 
-from .ablation import attention_shape_args,reinitialise,reuse_attention
+from ..init import attention_shape_args
+from .ablation import reinitialise,reuse_attention
 from ..calibrate import choose_layers
 from ..convert import convert
 from ..distill import find_snapshots,seed_all
@@ -139,8 +140,7 @@ def make_trainer(self:Experiment, c, r:Recipe, run, model, guidance, sets:dict, 
         eval_dataset=sets['dev'],
         data_collator=self.collate, processing_class=self.processor, progress='none')
     trainer.add_callback(LogTo(run))
-    def cost(other): return self.recipe(**other.settings).cost(other.cell.mode)
-    trainer.add_callback(FirstEstimate(run, cost))
+    trainer.add_callback(FirstEstimate(run, self.cost))
     if self.record:
         probe = self.collate(evenly_spaced(sets['dev'], self.record))
         trainer.add_callback(RecordStates(run.folder/'states.safetensors', probe))
