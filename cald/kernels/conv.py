@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['VECTORS', 'FORWARD', 'BACKWARD', 'CALLS', 'CONV', 'depthwise_step', 'last_inputs', 'causal_conv', 'ConvSizes',
-           'conv_library', 'call', 'ConvSilu', 'conv_silu_cpp', 'in_cpp', 'conv_silu']
+           'load_conv', 'conv_library', 'call_conv', 'ConvSilu', 'conv_silu_cpp', 'in_cpp', 'conv_silu']
 
 # %% ../../nbs/00c_conv.ipynb #00c00003
 import ctypes,functools,logging
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .ops_cpp import build,built_file,scan_backend
+from .ops_cpp import call,open_library,scan_backend
 from .scan_source import EXP2,LANES
 from ..ops import upcast
 
@@ -150,27 +150,28 @@ class ConvSizes(ctypes.Structure):
     "The sizes of a convolution, as `ConvSizes` in the C++"
     _fields_ = [(n,ctypes.c_int64) for n in 'batch length channels width sample row threads'.split()]
 
+def load_conv(path):
+    "The library in file `path`; OSError or AttributeError if the file is not one"
+    lib = ctypes.CDLL(str(path))
+    lib.forward_float32.restype = lib.forward_float64.restype = None
+    lib.backward_float32.restype = lib.backward_float64.restype = None
+    return lib
+
 @functools.cache
 def conv_library():
     "The library of the convolution, built where it is missing; None without C++"
     if scan_backend()!='cpp': return None
-    path = built_file(CONV, 'conv')
-    try:
-        try: return ctypes.CDLL(str(path))
-        except OSError: build(path, source=CONV, what='short convolution')
-        return ctypes.CDLL(str(path))
-    except Exception as e:
+    lib,reason = open_library(load_conv, CONV, 'conv', 'short convolution')
+    if reason:
         logging.getLogger(__name__).warning('the short convolution uses torch, which is slower than C++; '
-                                            f'C++ cannot be used ({type(e).__name__}: {e})')
+                                            f'C++ cannot be used ({reason})')
+    return lib
 
-def call(direction:str, tensors, x): # 'forward' or 'backward'; tensors may be None; the first is `x`
+def call_conv(direction:str, tensors): # 'forward' or 'backward'; x, weight and others, which may be None
     "Run a function of the library"
-    width = len(tensors[1])
-    z = ConvSizes(*x.shape, width, x.stride(0), x.stride(1), torch.get_num_threads())
-    f = getattr(conv_library(), f'{direction}_{str(x.dtype).removeprefix("torch.")}')
-    f.restype = None
-    pointers = [None if t is None else t.data_ptr() for t in tensors]
-    f((ctypes.c_void_p*len(tensors))(*pointers), ctypes.byref(z))
+    x,weight = tensors[:2]
+    z = ConvSizes(*x.shape, len(weight), x.stride(0), x.stride(1), torch.get_num_threads())
+    call(direction, tensors, z, conv_library())
 
 # %% ../../nbs/00c_conv.ipynb #00c10005
 class ConvSilu(torch.autograd.Function):
@@ -178,7 +179,7 @@ class ConvSilu(torch.autograd.Function):
     @staticmethod
     def forward(x, weight, bias, state): # weight: (width, channels)
         y = x.new_empty(x.shape)
-        call('forward', [x, weight, bias, state, y], x)
+        call_conv('forward', [x, weight, bias, state, y])
         return y
 
     @staticmethod
@@ -195,7 +196,7 @@ class ConvSilu(torch.autograd.Function):
         gw = x.new_empty(b, *weight.shape)
         gbias = x.new_empty(b, d)
         gstate = None if state is None else torch.empty_like(state)
-        call('backward', [x, weight, bias, state, gy.contiguous(), gx, gw, gbias, gstate], x)
+        call_conv('backward', [x, weight, bias, state, gy.contiguous(), gx, gw, gbias, gstate])
         return gx,gw.sum(0),None if bias is None else gbias.sum(0),gstate
 
 @torch.compiler.disable # torch's compiler cannot trace ctypes

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['EXPORTS', 'SOURCE', 'FLAGS', 'build_folder', 'processor', 'built_file', 'compiler', 'compile_source', 'build',
-           'Sizes', 'load', 'library', 'scan_backend', 'check_scan', 'call', 'sizes', 'SelectiveScan', 'scan_backward',
-           'cpp_scan']
+           'Sizes', 'load', 'open_library', 'library', 'scan_backend', 'check_scan', 'call', 'sizes', 'SelectiveScan',
+           'scan_backward', 'cpp_scan']
 
 # %% ../../nbs/00b_ops_cpp.ipynb #ab763fcd
 import ctypes,functools,hashlib,logging,os,platform,re,shlex,shutil,subprocess,sys,tempfile,time
@@ -113,15 +113,19 @@ def load(path:Path):
     lib.backward_float32.restype = lib.backward_float64.restype = None
     return lib
 
-@functools.cache
-def library()->tuple: # the library and '', or None and the reason
-    "Load the library, or build and load it; once in each process"
+def open_library(load, source:str=None, name:str='scan', what:str='selective scan')->tuple:
+    "The library of `source` by `load`, built if it is missing or damaged, and ''; or None and the reason"
     try:
-        path = built_file()
+        path = built_file(source, name)
         try: return load(path),''
-        except (OSError, AttributeError): build(path) # not built yet, or damaged
+        except (OSError, AttributeError): build(path, source=source, what=what)
         return load(path),''
     except Exception as e: return None,f'{type(e).__name__}: {e}'
+
+@functools.cache
+def library()->tuple: # the library and '', or None and the reason
+    "The library of the scan; loaded once in each process"
+    return open_library(load)
 
 # %% ../../nbs/00b_ops_cpp.ipynb #ca153d95
 @functools.cache
@@ -168,10 +172,10 @@ def check_scan(u, dt, A, B, C, D=None, state=None):
     if l==0: raise ValueError('the sequence has no positions (length 0)')
 
 # %% ../../nbs/00b_ops_cpp.ipynb #eb8bf423
-def call(direction, tensors, z): # 'forward' or 'backward'; tensors may be None; `Sizes`
-    "Run a function of the library"
+def call(direction, tensors, z, lib=None): # 'forward' or 'backward'; tensors may be None; sizes
+    "Run a function of `lib`, by default the library of the scan"
     dtype = str(tensors[0].dtype).removeprefix('torch.')
-    f = getattr(library()[0], f'{direction}_{dtype}')
+    f = getattr(lib or library()[0], f'{direction}_{dtype}')
     pointers = [None if t is None else t.data_ptr() for t in tensors]
     f((ctypes.c_void_p*len(tensors))(*pointers), ctypes.byref(z))
 

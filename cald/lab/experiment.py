@@ -95,6 +95,12 @@ def standard_run(self:Experiment, c, store, data):
 
 # %% ../../nbs/03g_experiment.ipynb #1c6d09d7
 @patch
+def even_batches(self:Experiment, ds, n:int, size:int)->list:
+    "Batches of `size` of `n` samples of `ds`, evenly spaced"
+    items = evenly_spaced(ds, n)
+    return [self.collate(items[i:i+size]) for i in range(0, len(items), size)]
+
+@patch
 def ready(self:Experiment, c, r:Recipe, labels,
           standard=None, # folder of the standard run
           batches=()     # of the training data, to choose the layers by
@@ -156,9 +162,7 @@ def train_cell(self:Experiment, c, run, data, store)->dict:
     labels = self.labels(data, task)
     sets = {split: self.part(data, task, split) for split in ('train','dev','test')}
     if r.train_share<1: sets['train'] = draw_share(sets['train'], r.train_share, c.seed)
-    few = evenly_spaced(sets['train'], 16*r.batch) if r.keep else []
-    starts = range(0, len(few), r.batch)
-    batches = [self.collate(few[i:i+r.batch]) for i in starts]
+    batches = self.even_batches(sets['train'], 16*r.batch, r.batch) if r.keep else ()
     model,guidance = self.ready(c, r, labels, standard and standard.folder, batches)
     result = {}
     if r.of(c.mode)[1]:

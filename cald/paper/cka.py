@@ -20,7 +20,6 @@ from tqdm import tqdm
 from . import table1,table2,table3
 from ..tasks.lm import smoke_gpt_neox
 from ..tasks.text import smoke_roberta
-from ..lab.recipe import evenly_spaced
 from ..lab.plots import PAGE_WIDTH
 from ..lab.recipe import start_from
 from ..files import cache_folder,check_name
@@ -210,8 +209,7 @@ def read_study(kind:str, # of `KINDS`
 def batches(self:Study, r, samples:int=200, size:int=20)->list:
     "Batches of dev samples of the task of row `r`, the same for every run"
     dev = self.exp.part(self.data[r.task], self.exp.tasks[r.task], 'dev')
-    items = evenly_spaced(dev, samples)
-    return [self.exp.collate(items[i:i+size]) for i in range(0, len(items), size)]
+    return self.exp.even_batches(dev, samples, size)
 
 @patch
 def models(self:Study, r)->dict:
