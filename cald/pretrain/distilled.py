@@ -21,7 +21,7 @@ from transformers import AutoTokenizer,BertModel,RobertaConfig,RobertaModel
 
 # %% ../../nbs/10e_distilled_source.ipynb #3c0a7fc3
 from ..data.docs import read_docs
-from .loop import pretrain
+from .loop import held_means,pretrain
 from .pieces import (DISTILLED,DistilRecipe,draw_distilled,Pieces,sentence_corpora,
                                   SentenceCorpus,SPECIALS,start_sample)
 from .text import ship
@@ -233,15 +233,11 @@ def forward(self:Distillation, sentences:Tensor, **pairs)->dict:
     return dict(loss=loss, **alone, **paired)
 
 # %% ../../nbs/10e_distilled_source.ipynb #ca8cac9a
-@torch.no_grad()
 def evaluate_distilled(net:Distillation, corpus:SentenceCorpus, r:DistilRecipe, pieces:Pieces,
                        batches:int=6)->dict:
     "Mean losses of `batches` fixed batches of held-out text"
-    net.eval()
-    with torch.autocast('cpu', torch.bfloat16, enabled=r.bf16):
-        out = [net(**draw_distilled(corpus, r, i, pieces, held_out=True)) for i in range(batches)]
-    net.train()
-    return {f'held_{k}': float(torch.stack([o[k] for o in out]).mean()) for k in out[0]}
+    drawn = (draw_distilled(corpus, r, i, pieces, held_out=True) for i in range(batches))
+    return held_means(net, drawn, r.bf16)
 
 def distil(r:DistilRecipe, teacher:BertModel, pieces:Pieces, train:SentenceCorpus, held:SentenceCorpus,
            folder:Path, **more # arguments of `pretrain`

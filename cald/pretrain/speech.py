@@ -22,7 +22,7 @@ from ..tasks.front_end import front_end,standardise
 from ..files import hash_files,write_json
 from ..data.speech import cnn_frames
 from ..data.voices import VOICES
-from .loop import origin,pretrain,publish,read_log,write_log
+from .loop import held_means,origin,pretrain,publish,read_log,write_log
 from .units import (add_noise,Clusters,Codebook,hop,label_frames,rate,some_frames,span_mask,
                                  speak,UnitCorpus,window)
 
@@ -140,14 +140,10 @@ def build_model(r:PretrainRecipe)->MaskedUnits:
     return MaskedUnits(r)
 
 # %% ../../nbs/10b_speech_source.ipynb #e33c4337
-@torch.no_grad()
 def evaluate(net:nn.Module, corpus:UnitCorpus, r:PretrainRecipe, batches:int=8)->dict:
     "Means over `batches` fixed batches of held-out speech, without additional noise"
-    net.eval()
     quiet = replace(r, noise=0.)
-    out = [net(**draw_batch(corpus, quiet, i, held_out=True)) for i in range(batches)]
-    net.train()
-    return {f'held_{k}':float(torch.stack([o[k] for o in out]).mean()) for k in out[0]}
+    return held_means(net, (draw_batch(corpus, quiet, i, held_out=True) for i in range(batches)))
 
 def pretrain_speech(r:PretrainRecipe, train:UnitCorpus, held:UnitCorpus, folder:Path,
                     net:nn.Module=None, # default `build_model(r)`

@@ -22,7 +22,7 @@ from transformers import GPTNeoXConfig,GPTNeoXForCausalLM,RobertaConfig,RobertaF
 from ..data.docs import documents,read_docs
 from ..data.tokens import save_tokenizer,SPECIAL,train_bpe
 from ..files import hash_files,write_json
-from .loop import origin,pretrain,publish,read_log,write_log
+from .loop import held_means,origin,pretrain,publish,read_log,write_log
 
 # %% ../../nbs/10c_text_sources.ipynb #0d550ec4
 @dataclass(frozen=True)
@@ -166,14 +166,9 @@ class TextObjective(nn.Module):
         return dict(loss=F.cross_entropy(logits, y), accuracy=accuracy)
 
 # %% ../../nbs/10c_text_sources.ipynb #b325cce3
-@torch.no_grad()
 def evaluate_text(net:TextObjective, corpus:TokenCorpus, r:TextSource, batches:int=8)->dict:
     "Means over `batches` fixed batches of held-out text"
-    net.eval()
-    with torch.autocast('cpu', torch.bfloat16, enabled=r.bf16):
-        out = [net(**draw_text(corpus, r, i, held_out=True)) for i in range(batches)]
-    net.train()
-    return {f'held_{k}': float(torch.stack([o[k] for o in out]).mean()) for k in out[0]}
+    return held_means(net, (draw_text(corpus, r, i, held_out=True) for i in range(batches)), r.bf16)
 
 def pretrain_text(r:TextSource, train:TokenCorpus, held:TokenCorpus, folder:Path,
                   **more # arguments of `pretrain`
