@@ -17,7 +17,8 @@ from fastcore.basics import patch
 from torch import nn,Tensor
 
 # %% ../nbs/00d_mixers.ipynb #e38b6166
-from .kernels.conv import conv_silu
+from .kernels.conv import conv_silu,cpp_takes
+from .kernels.norm import gated_norm,norm_library
 from .ops import selective_scan,selective_scan_recurrence,ssd,ssd_recurrence,upcast
 
 # %% ../nbs/00d_mixers.ipynb #757ffce4
@@ -71,6 +72,8 @@ class RMSNormGated(nn.Module):
         self.eps = eps
 
     def forward(self, x, z): # (batch, length, d) both
+        if cpp_takes(x, z, self.weight) and norm_library() is not None:
+            return gated_norm(x, z, self.weight, self.groups, self.eps)
         y = upcast(x)*F.silu(upcast(z))
         y = y.unflatten(-1, (self.groups,-1))
         y = F.rms_norm(y, y.shape[-1:], eps=self.eps).flatten(-2)

@@ -24,14 +24,14 @@ def mix_rows(x:Tensor, # (batch, heads, length, headdim)
              sizes:Tensor=None, # (1 or batch, number of mixtures): divides instead of sqrt(n)
             )->Tensor: # (batch, heads, number of mixtures, headdim)
     "`E.T @ x / sqrt(n)`: `k` mixtures of the rows of `x`, where `n` is the number of tokens of each sample"
-    Et = E.mT.to(x.dtype)
-    if sizes is not None:
-        tokens = x if mask is None else x.masked_fill(~mask[:,None,:,None], 0)
-        return Et @ tokens / sizes.to(x.dtype).clamp(min=1e-6)[:,None,:,None]
-    if mask is None: return Et @ x / x.shape[2]**0.5
-    n = mask.sum(1).clamp(min=1).to(x.dtype)
-    tokens = x.masked_fill(~mask[:,None,:,None], 0)
-    return Et @ tokens * n[:,None,None,None].rsqrt()
+    if sizes is None:
+        n = E.new_tensor([[x.shape[2]]]) if mask is None else mask.sum(1, keepdim=True).to(E.dtype)
+        sizes = n.sqrt()
+    weights = E / sizes.clamp(min=1e-6)[:,None] # (1 or batch, length, number of mixtures)
+    rows = x.transpose(1,2).flatten(2)          # (batch, length, heads*headdim)
+    if mask is not None: rows = rows.masked_fill(~mask[...,None], 0)
+    mixtures = weights.mT.to(x.dtype) @ rows
+    return mixtures.unflatten(2, (x.shape[1],-1)).transpose(1,2)
 
 # %% ../nbs/00_ops.ipynb #a0838ca1
 def slot_sizes(E:Tensor, mask:Tensor=None)->Tensor: # as in `mix_rows` -> (1 or batch, number of mixtures)
@@ -258,12 +258,14 @@ def _log_backend(device, name):
     slow = device=='cuda' and name=='torch'
     level = logging.WARNING if slow else logging.INFO
     hint = '; `pip install --no-build-isolation ".[cuda]"` installs faster kernels' if slow else ''
-    mixers = 'Mamba2 uses' if device=='cpu' else 'Mamba and Mamba2 use' # `scan_backend` logs Mamba's on a CPU
-    logging.getLogger(__name__).log(level, f'{mixers} {name} on {device}{hint}')
+    logging.getLogger(__name__).log(level, f'the scans use {name} on {device}{hint}')
 
 def backend(device='cpu')->str:
-    "Backend of the scans on `device`, 'mamba_ssm' or 'torch', logged once for each kind of device"
+    "Backend of the scans on `device`: 'mamba_ssm', 'cpp' or 'torch', logged once for each kind of device"
     kind = torch.device(device).type
+    if kind=='cpu':
+        from cald.kernels.ops_cpp import scan_backend # here: that notebook comes after this one
+        return scan_backend()
     name = 'mamba_ssm' if kind=='cuda' and mamba_ssm_kernels() else 'torch'
     _log_backend(kind, name)
     return name
@@ -271,20 +273,25 @@ def backend(device='cpu')->str:
 # %% ../nbs/00_ops.ipynb #5c93d0ea
 @full_precision
 def ssd(x, dt, A, B, C, D=None, state=None, chunk:int=64, last:bool=True)->tuple: # as in `ssd_chunked`
-    "Mamba2's state space, by mamba_ssm's kernel or in chunks"
-    if backend(x.device)=='mamba_ssm' and x.dtype==torch.float32:
+    "Mamba2's state space, by mamba_ssm's kernel, in C++, or in chunks"
+    used = backend(x.device)
+    if used=='mamba_ssm' and x.dtype==torch.float32:
         kernel = mamba_ssm_kernels().ssd
         return kernel(x, dt, A, B, C, chunk, D=D, initial_states=state, return_final_states=True)
+    if used=='cpp':
+        from cald.kernels.ops_cpp import cpp_ssd
+        return cpp_ssd(x, dt, A, B, C, D, state)
     return ssd_chunked(x, dt, A, B, C, D, state, chunk, last)
 
 @full_precision
 def selective_scan(u, dt, A, B, C, D=None, state=None, chunk:int=32)->tuple: # as in `selective_scan_chunked`
     "Mamba's state space, by mamba_ssm's kernel, in C++, or in chunks"
-    if backend(u.device)=='mamba_ssm' and u.dtype==torch.float32 and state is None:
+    used = backend(u.device)
+    if used=='mamba_ssm' and u.dtype==torch.float32 and state is None:
         u,dt,B,C = (t.mT.contiguous() for t in (u,dt,B,C)) # mamba_ssm has the length last
         y,S = mamba_ssm_kernels().scan(u, dt, A, B, C, D, return_last_state=True)
         return y.mT,S
-    if u.device.type=='cpu':
-        from cald.kernels.ops_cpp import cpp_scan,scan_backend # here: that notebook comes after this one
-        if scan_backend()=='cpp': return cpp_scan(u, dt, A, B, C, D, state, chunk)
+    if used=='cpp':
+        from cald.kernels.ops_cpp import cpp_scan
+        return cpp_scan(u, dt, A, B, C, D, state, chunk)
     return selective_scan_chunked(u, dt, A, B, C, D, state, chunk)

@@ -25,7 +25,7 @@ def room(module):
 
 def number(notebook):
     "(8, 'b') for 08b_drawings; the order of numbers is the order of notebooks"
-    digits,letter = re.match(r'(\d+)([a-z]?)_', notebook).groups()
+    digits,letter = re.match(r'(\d+)([a-z]*)_', notebook).groups()
     return int(digits),letter
 
 def notebooks(folder=root/'nbs'):

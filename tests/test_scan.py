@@ -9,8 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from cald import ops
 from cald.kernels import ops_cpp as scan
 from cald.mixers import Bidirectional,Mamba
-from cald.ops import selective_scan,selective_scan_recurrence
-from cald.kernels.ops_cpp import cpp_scan,library,scan_backend
+from cald.ops import selective_scan,selective_scan_recurrence,ssd_recurrence
+from cald.kernels.ops_cpp import cpp_scan,cpp_ssd,library,scan_backend
 from common import BARE
 
 f64 = torch.float64
@@ -39,10 +39,27 @@ def errors(args, f=cpp_scan):
     want = results(selective_scan_recurrence, [None if a is None else a.double() for a in args], gy.double(), gstate.double())
     return [((g.double()-w).norm()/w.norm().clamp(min=1e-30)).item() for g,w in zip(results(f, args, gy, gstate), want)]
 
+def in_threads(n, f, *args):
+    before = torch.get_num_threads()
+    torch.set_num_threads(n)
+    try: return f(*args)
+    finally: torch.set_num_threads(before)
+
 def close(args, f=cpp_scan):
     e = errors(args, f)
     out,grad = (1e-6,1e-5) if args[0].dtype==torch.float32 else (1e-12,1e-11)
     assert all(x<out for x in e[:2]) and all(x<grad for x in e[2:]), e # NaN too fails
+
+def head_inputs(b=2, l=40, h=4, p=5, g=2, n=6, dtype=f64):
+    x,s,A,B,C,D,S = (torch.randn(s, dtype=f64) for s in [(b,l,h,p),(b,l,h),(h,),(b,l,g,n),(b,l,g,n),(h,),(b,h,p,n)])
+    return [t.to(dtype) for t in (x, .1*s.sigmoid(), -16*A.sigmoid(), B, C, D, S)]
+
+def close_heads(args, f=cpp_ssd):
+    gy,gstate = torch.randn_like(args[0]),torch.randn_like(args[-1])
+    want = results(ssd_recurrence, [t.double() for t in args], gy.double(), gstate.double())
+    eps = 1e-5 if args[0].dtype==torch.float32 else 1e-11
+    for got,exact in zip(results(f, args, gy, gstate), want):
+        assert (got.double()-exact).norm()<=eps*exact.norm().clamp(min=1e-30)
 
 # --- values and gradients ------------------------------------------------------------------------------------------------------------
 
@@ -233,20 +250,53 @@ MISTAKES = {'the state is not passed on':   ('H[(n+r)*G+b] = h[r];', ';'),
             'a chunk starts one state late':('if (keep) std::memcpy(keep+g.kept(chunk)', 'if (keep && chunk) std::memcpy(keep+g.kept(chunk-1)'),
             'A without its step':          ('da[r] += s*w', 'da[r] += w'),
             'C reads the state before':    ('PC[t*R+r] += gy*H[(t+1)*R+r]', 'PC[t*R+r] += gy*H[t*R+r]'),
-            'the gradient does not decay': ('g[r] *= E[t*R+r]', 'g[r] *= 1'),
+            'the gradient does not decay': ('g[r] *= decay(t, r)', 'g[r] *= 1'),
             'a lane is left out':          ('h[0] += h[1];', 'h[0] += W==2 ? Half{} : h[1];'),
             'the polynomial is short':     ('bias = 1023, degree = 13', 'bias = 1023, degree = 7')}
 
+OF_HEADS = {'the rate is left out of the step':  ('DS[i] *= As[i%G]', 'DS[i] *= 1'),
+            'the step is left out of the rate':  ('DA[i%G] += S[i]*DS[i]', 'DA[i%G] += DS[i]'),
+            'every head uses the first B and C': ('which = group/parts(z)', 'which = 0')}
+
 @needs_cpp
-@pytest.mark.parametrize('mistake', MISTAKES)
+@pytest.mark.parametrize('mistake', [*MISTAKES,*OF_HEADS])
 def test_a_wrong_kernel_is_noticed(monkeypatch, tmp_path, mistake):
-    right,wrong = MISTAKES[mistake]
+    right,wrong = (MISTAKES|OF_HEADS)[mistake]
     assert right in scan.SOURCE
     monkeypatch.setattr(scan, 'SOURCE', scan.SOURCE.replace(right, wrong))
     scan.build(tmp_path/'wrong.so')
     lib = scan.load(tmp_path/'wrong.so')
     monkeypatch.setattr(scan, 'library', lambda: (lib,''))
-    with pytest.raises(AssertionError): close(inputs(3, 65))
+    with pytest.raises(AssertionError):
+        if mistake in OF_HEADS: close_heads(head_inputs())
+        else: close(inputs(3, 65))
+
+@needs_cpp
+@pytest.mark.parametrize('dtype', (f64, torch.float32))
+@pytest.mark.parametrize('sizes', [(2,33,6,32,1,32), (1,65,4,48,4,48), (2,40,3,70,3,17), (1,5,2,130,1,4), (1,1,2,3,2,1), (3,64,2,64,2,5)])
+def test_heads_agree_with_the_recurrence(sizes, dtype): close_heads(head_inputs(*sizes, dtype))
+
+@needs_cpp
+def test_heads_of_extreme_steps():
+    for dt in (0., 1e-8, 1e2, 1e8):
+        args = head_inputs(dtype=torch.float32)
+        args[1] = args[1]*dt
+        y,S = cpp_ssd(*args)
+        exact = ssd_recurrence(*(t.double() for t in args))
+        for got,want in zip((y,S), exact): assert (got.double()-want).norm()<=1e-5*want.norm().clamp(min=1e-30)
+
+@needs_cpp
+def test_heads_do_not_depend_on_threads():
+    args,found = head_inputs(3, 100, 6, 32, 2, 16, torch.float32),[]
+    gy,gstate = torch.randn_like(args[0]),torch.randn_like(args[-1])
+    for n in (1,2): found.append(in_threads(n, results, cpp_ssd, args, gy, gstate))
+    assert all(map(torch.equal, *found))
+
+@needs_cpp
+def test_B_that_the_heads_cannot_share():
+    x,dt,A,B,C,D,S = head_inputs(h=4, g=2)
+    with pytest.raises(ValueError, match='3 pairs of B and C cannot be shared by 20 channels'):
+        cpp_ssd(x, dt, A, B.repeat(1,1,2,1)[:,:,:3], C.repeat(1,1,2,1)[:,:,:3])
 
 # --- building ------------------------------------------------------------------------------------------------------------------------
 
@@ -356,7 +406,7 @@ def test_the_backend_is_logged_once(monkeypatch, caplog):
     monkeypatch.setenv('CALD_SCAN', 'torch')
     assert scan_backend()==scan_backend()=='torch'
     messages = [(r.levelname,r.getMessage()) for r in caplog.records]
-    assert messages==[('INFO', "Mamba's scan uses cpp on cpu"), ('INFO', "Mamba's scan uses torch on cpu")]
+    assert messages==[('INFO', 'the scans use cpp on cpu'), ('INFO', 'the scans use torch on cpu')]
 
 # --- other processes -----------------------------------------------------------------------------------------------------------------
 
@@ -378,7 +428,7 @@ print('trained', y.isfinite().all().item(), build_folder().exists())''', CXX='/n
     out,err = p.communicate(timeout=300)
     assert p.returncode==0, err
     assert out.split()[-3]=='trained' and out.split()[-2]=='True'
-    assert err.count("Mamba's scan uses torch on cpu")==1 and '/nonexistent/c++' in err
+    assert err.count('the scans use torch on cpu')==1 and '/nonexistent/c++' in err
 
 @needs_cpp
 @pytest.mark.skipif(os.name!='posix', reason='kills a group of processes')

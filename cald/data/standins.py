@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['EXAMPLE_COLUMNS', 'TELLING', 'VAGUE', 'OUTRIGHT', 'NAMES', 'MADE', 'STAND_INS', 'STANDIN_SIZES', 'SMOKE_SIZES',
            'group_frame', 'take', 'one_sentence', 'in_or_out', 'question', 'stems', 'body_sentences',
-           'questions_with_sentences', 'about_the_question', 'same_name', 'other_name', 'name_pairs',
-           'with_other_names', 'same_parameter', 'owner', 'long_texts', 'texts_by_owner', 'one_or_many', 'stand_in',
-           'read_stand_in']
+           'questions_with_sentences', 'similarities', 'equally_similar', 'about_the_question', 'with_other_sentences',
+           'same_name', 'name_pairs', 'with_other_names', 'same_parameter', 'owner', 'long_texts', 'texts_by_owner',
+           'one_or_many', 'stand_in', 'read_stand_in']
 
 # %% ../../nbs/04c_standins.ipynb #5b1e0c03
 import gzip
@@ -82,34 +82,65 @@ def body_sentences(docs:pd.DataFrame, low:int=6, high:int=45)->pd.DataFrame:
     body = body.assign(text=kept).explode('text').dropna(subset='text')
     return body[~body.text.str.lower().duplicated()]
 
-def questions_with_sentences(body:pd.DataFrame, summary:pd.Series, each:int)->list: # (question, sentences)
-    "A question per documentation string, with up to `each` sentences of its `body` that share a stem with it"
-    found = []
+def questions_with_sentences(body:pd.DataFrame, summary:pd.Series, each:int)->pd.DataFrame:
+    "doc, text (a question) and text_b: up to `each` sentences of `body` that share a stem with their question"
+    rows = []
     for doc,g in body.groupby('doc', sort=False):
-        related = [s for s in g.text if stems(s)&stems(summary[doc])][:each]
-        if related: found.append((question(summary[doc]), related))
-    return found
+        related = [s for s in g.text if stems(s)&stems(summary[doc])]
+        rows += [(doc, question(summary[doc]), s) for s in related[:each]]
+    return pd.DataFrame(rows, columns=['doc','text','text_b'])
+
+# %% ../../nbs/04c_standins.ipynb #71c591be
+def similarities(X, Y, size:int=256): # sparse TF-IDF vectors, one row a text
+    "The number of each row of `X` and its similarities to the rows of `Y`; `size` rows at a time save memory"
+    for start in range(0, X.shape[0], size):
+        block = X[start:start+size]@Y.T
+        yield from enumerate(block.toarray(), start)
+
+def equally_similar(row,     # (texts,) similarities of one text to others
+                    s:float, # the wanted similarity
+                    gap:float, usable # index -> bool
+                   )->int:
+    "The usable text whose similarity is nearest to `s`; -1 if all are further away than `gap`"
+    distance = np.abs(row-s)
+    near = np.flatnonzero(distance<=gap)
+    order = np.argsort(distance[near], kind='stable')
+    return next((j for j in near[order] if usable(j)), -1)
 
 # %% ../../nbs/04c_standins.ipynb #71c591bd
 def about_the_question(docs:pd.DataFrame, each:int=2, # most sentences of one documentation string
+                       gap:float=.02, # largest difference of the similarities of the two sentences
                        seed:int=0)->pd.DataFrame:
     "Stand-in for QNLI: does a sentence come from the text below this summary, or below another one?"
     summary = one_sentence(docs, ['summary'], 4, 30).set_index('doc').text
     body = body_sentences(docs[docs.doc.isin(summary.index)])
-    rng = np.random.default_rng(seed)
     groups = []
     for split,g in body.groupby('split', sort=False):
-        found = questions_with_sentences(g, summary, each)
-        yes = ('entailment',split)
-        no = ('not_entailment',split)
-        order = rng.permutation(len(found))
-        for i,j in zip(order[::2], order[1::2]):
-            p,p_sentences = found[i]
-            q,q_sentences = found[j]
-            for s,t in zip(p_sentences, q_sentences):
-                groups.append([(p,s,*yes), (q,t,*yes),
-                               (p,t,*no), (q,s,*no)])
+        pairs = questions_with_sentences(g, summary, each).sample(frac=1, random_state=seed)
+        for question,own,other in with_other_sentences(pairs, gap):
+            yes = (question,own,'entailment',split)
+            no = (question,other,'not_entailment',split)
+            groups.append([yes, no])
     return group_frame(groups)
+
+def with_other_sentences(pairs:pd.DataFrame, gap:float)->list: # (question, its sentence, one of another doc)
+    "Find an equally similar sentence for each of `pairs`, none twice; pairs without one are left out"
+    vectorizer = TfidfVectorizer(sublinear_tf=True)
+    vectorizer.fit(pairs.text+' '+pairs.text_b)
+    doc,questions,sentences = (pairs[c].to_numpy() for c in ('doc','text','text_b'))
+    question_stems = [stems(t) for t in questions]
+    sentence_stems = [stems(t) for t in sentences]
+    found = []
+    used = set()
+    X = vectorizer.transform(questions)
+    Y = vectorizer.transform(sentences)
+    for i,row in similarities(X, Y):
+        def usable(j): return doc[j]!=doc[i] and j not in used and question_stems[i]&sentence_stems[j]
+        j = equally_similar(row, row[i], gap, usable)
+        if j<0: continue
+        used.add(j)
+        found.append((questions[i], sentences[i], sentences[j]))
+    return found
 
 # %% ../../nbs/04c_standins.ipynb #5c89aadf
 VAGUE = set('''args kwargs name data value values func method mode key obj other text params index order type
@@ -129,18 +160,6 @@ def same_name(files, S, idx, rng, low:float, high:float, cap:int)->list: # (i, j
         pairs.append((idx[i], idx[j], S[i,j]))
     return pairs
 
-def other_name(pair, S, names, used:set)->int:
-    """A parameter of another name whose similarity is nearest to a third of the similarity of `pair`
-
-    `S` (len(names),) are the similarities to the first of `pair`; -1 if the nearest eight are all unusable"""
-    i,_,s = pair
-    gap = np.abs(S-s/3)
-    nearest = np.argpartition(gap, min(50, len(gap)-1))[:50]
-    for q in nearest[np.lexsort((nearest, gap[nearest]))][:8]:
-        related = names[i] in names[q] or names[q] in names[i]
-        if not related and (i,q) not in used: return q
-    return -1
-
 # %% ../../nbs/04c_standins.ipynb #d4abb800
 def name_pairs(X, code, files, rng, low:float, high:float, cap:int)->list: # (i, j, similarity)
     "The pairs of `same_name` for all names; `X` are TF-IDF vectors, `code` is the number of the name"
@@ -151,25 +170,24 @@ def name_pairs(X, code, files, rng, low:float, high:float, cap:int)->list: # (i,
         pairs += same_name(files, S, np.array(idx), rng, low, high, cap)
     return pairs
 
-def with_other_names(pairs:list, X, code, names)->list: # (pair, index of a description with another name)
-    "Find the description of `other_name` for each of `pairs`; pairs without one are left out"
+def with_other_names(pairs:list, X, names, gap:float)->list: # (i, j, k); k: a description with another name
+    "Find an equally similar description for each of `pairs`; pairs without one are left out"
     found = []
     used = set()
-    for k,(i,j,s) in enumerate(pairs):
-        if k%256==0: # similarities of 256 pairs at a time, to save memory
-            firsts = [p[0] for p in pairs[k:k+256]]
-            S = (X[firsts]@X.T).toarray()
-        other = np.where(code==code[i], 9., S[k%256]) # the same name is never the nearest
-        q = other_name((i,j,s), other, names, used)
-        if q<0: continue
-        used.add((i,q))
-        found.append(((i,j), q))
+    firsts = [i for i,_,_ in pairs]
+    for (i,j,s),(_,row) in zip(pairs, similarities(X[firsts], X)):
+        def usable(k): return names[i] not in names[k] and names[k] not in names[i] and (i,k) not in used
+        k = equally_similar(row, s, gap, usable)
+        if k<0: continue
+        used.add((i,k))
+        found.append((i, j, k))
     return found
 
 # %% ../../nbs/04c_standins.ipynb #f9637a78
 def same_parameter(docs:pd.DataFrame, low:float=.15, high:float=.75, # similarity of a pair
                    cap:int=8,     # most pairs of one name
                    most:int=6000, # most pairs of each class in a split
+                   gap:float=.05, # largest difference of the similarities of the two classes
                    seed:int=0)->pd.DataFrame:
     "Stand-in for QQP: do two sentences describe the same parameter?"
     df = one_sentence(docs[docs.name.str.fullmatch(r'[A-Za-z_]\w{2,}')], ['param'])
@@ -184,9 +202,9 @@ def same_parameter(docs:pd.DataFrame, low:float=.15, high:float=.75, # similarit
         code = pd.factorize(names)[0]
         pairs = name_pairs(X, code, g.file.to_numpy(), rng, low, high, cap)
         pairs = [pairs[k] for k in rng.permutation(len(pairs))[:most]]
-        for (i,j),q in with_other_names(pairs, X, code, names):
+        for i,j,k in with_other_names(pairs, X, names, gap):
             same = (texts[i],texts[j],'duplicate',split)
-            different = (texts[i],texts[q],'different',split)
+            different = (texts[i],texts[k],'different',split)
             groups.append([same, different])
     return group_frame(groups)
 
@@ -246,10 +264,10 @@ def one_or_many(docs:pd.DataFrame, low:int=100, high:int=200, # words
     return group_frame(groups)
 
 # %% ../../nbs/04c_standins.ipynb #0ac01a58
-MADE = 3 # increase it whenever the same corpus would give other examples
+MADE = 4 # increase it whenever the same corpus would give other examples
 STAND_INS = dict(sst2=in_or_out, qnli=about_the_question, qqp=same_parameter, imdb=one_or_many)
 STANDIN_SIZES = dict(train=8000, dev=500, test=1000)
-SMOKE_SIZES = dict(train=64, dev=12, test=16)
+SMOKE_SIZES = dict(train=64, dev=8, test=16)
 
 def stand_in(task:str, docs:pd.DataFrame, sizes:dict=STANDIN_SIZES, seed:int=0)->pd.DataFrame:
     "The stand-in for `task` from the passages `docs`: balanced, disjoint by file, at most `sizes` examples"

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EXPORTS', 'SOURCE', 'FLAGS', 'build_folder', 'processor', 'built_file', 'compiler', 'compile_source', 'build',
            'Sizes', 'load', 'open_library', 'library', 'scan_backend', 'check_scan', 'call', 'sizes', 'SelectiveScan',
-           'scan_backward', 'cpp_scan']
+           'scan_backward', 'cpp_scan', 'cpp_ssd']
 
 # %% ../../nbs/00b_ops_cpp.ipynb #ab763fcd
 import ctypes,functools,hashlib,logging,os,platform,re,shlex,shutil,subprocess,sys,tempfile,time
@@ -21,10 +21,12 @@ EXPORTS = r'''
 extern "C" {
 #define BOTH(T, type) \
   void forward_##type(T** p, const Sizes* z) { \
-    forward<T>(p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7], p[8], p[9], *z); } \
+    auto f = z->rates==1 ? forward<T, true> : forward<T, false>; \
+    f(p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7], p[8], p[9], *z); } \
   void backward_##type(T** p, const Sizes* z) { \
-    backward<T>(p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7], \
-                p[8], p[9], p[10], p[11], p[12], p[13], p[14], p[15], *z); }
+    auto f = z->rates==1 ? backward<T, true> : backward<T, false>; \
+    f(p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7], \
+      p[8], p[9], p[10], p[11], p[12], p[13], p[14], p[15], *z); }
 BOTH(float, float32)
 BOTH(double, float64)
 #ifdef _OPENMP
@@ -32,9 +34,9 @@ int parallel() { return 1; }
 #else
 int parallel() { return 0; }
 #endif
-int64_t groups(const Sizes* z) { return (z->channels+GROUP-1)/GROUP; }
+int64_t parts(const Sizes* z) { return Group<float>::parts(*z); }
 int64_t kept(const Sizes* z) {
-  return z->batch*groups(z)*((z->length+z->chunk-1)/z->chunk)*((z->states+R-1)/R*R)*GROUP;
+  return z->batch*Group<float>::count(*z)*((z->length+z->chunk-1)/z->chunk)*((z->states+R-1)/R*R)*GROUP;
 }
 }
 '''
@@ -103,12 +105,12 @@ def build(path:Path, limit:float=300., # seconds that one run of the compiler ma
 # %% ../../nbs/00b_ops_cpp.ipynb #61796c78
 class Sizes(ctypes.Structure):
     "The sizes of a scan, as `Sizes` in the C++"
-    _fields_ = [(n,ctypes.c_int64) for n in 'batch length channels states chunk threads'.split()]
+    _fields_ = [(n,ctypes.c_int64) for n in 'batch length channels shared states rates chunk threads'.split()]
 
 def load(path:Path):
     "The library in file `path`; OSError or AttributeError if the file is not one"
     lib = ctypes.CDLL(str(path))
-    lib.kept.restype = lib.groups.restype = ctypes.c_int64
+    lib.kept.restype = lib.parts.restype = ctypes.c_int64
     lib.forward_float32.restype = lib.forward_float64.restype = None
     lib.backward_float32.restype = lib.backward_float64.restype = None
     return lib
@@ -130,11 +132,11 @@ def library()->tuple: # the library and '', or None and the reason
 # %% ../../nbs/00b_ops_cpp.ipynb #ca153d95
 @functools.cache
 def _log_backend(name, level, reason):
-    logging.getLogger(__name__).log(level, f"Mamba's scan uses {name} on cpu{reason}")
+    logging.getLogger(__name__).log(level, f'the scans use {name} on cpu{reason}')
 
 @torch.compiler.disable # torch's compiler cannot trace ctypes
 def scan_backend()->str:
-    "Backend of Mamba's scan on a CPU: `CALD_SCAN` ('cpp', 'torch'), else C++ if it can be built; logged once"
+    "Backend of the scans on a CPU: `CALD_SCAN` ('cpp', 'torch'), else C++ if it can be built; logged once"
     asked = os.environ.get('CALD_SCAN') or None
     if asked not in (None,'cpp','torch'):
         raise ValueError(f"CALD_SCAN={asked!r}: choose 'cpp' or 'torch', or leave it unset")
@@ -162,13 +164,16 @@ def check_scan(u, dt, A, B, C, D=None, state=None):
     if u.ndim!=3 or A.ndim!=2:
         raise ValueError('u must be (batch, length, d_inner) and A (d_inner, d_state), '
                          f'not {tuple(u.shape)} and {tuple(A.shape)}')
-    (b,l,d),n = u.shape,A.shape[1]
-    shapes = dict(u=(b,l,d), dt=(b,l,d), A=(d,n), D=(d,))
-    shapes |= dict(B=(b,l,n), C=(b,l,n), state=(b,d,n))
+    b,l,d = u.shape
+    *shared,n = B.shape[2:] or (0,)
+    shapes = dict(u=(b,l,d), dt=(b,l,d), A=(d,1 if A.shape[1]==1 else n), D=(d,))
+    shapes |= dict(B=(b,l,*shared,n), C=(b,l,*shared,n), state=(b,d,n))
     for k,v in given.items():
         if v.shape!=shapes[k]:
             raise ValueError(f'{k} is {tuple(v.shape)}; with u {(b,l,d)} and A {tuple(A.shape)} '
                              f'it must be {shapes[k]}')
+    if shared and d%shared[0]:
+        raise ValueError(f'{shared[0]} pairs of B and C cannot be shared by {d} channels')
     if l==0: raise ValueError('the sequence has no positions (length 0)')
 
 # %% ../../nbs/00b_ops_cpp.ipynb #eb8bf423
@@ -179,15 +184,17 @@ def call(direction, tensors, z, lib=None): # 'forward' or 'backward'; tensors ma
     pointers = [None if t is None else t.data_ptr() for t in tensors]
     f((ctypes.c_void_p*len(tensors))(*pointers), ctypes.byref(z))
 
-def sizes(u, A, chunk): return Sizes(*u.shape, A.shape[1], chunk, torch.get_num_threads())
+def sizes(u, A, B, chunk):
+    shared = B.shape[2] if B.ndim==4 else 1
+    return Sizes(*u.shape, shared, B.shape[-1], A.shape[1], chunk, torch.get_num_threads())
 
 class SelectiveScan(torch.autograd.Function):
     "The selective scan in C++, for contiguous tensors of one type that `check_scan` has checked"
     @staticmethod
     def forward(u, dt, A, B, C, D, state, chunk, keep):
-        z = sizes(u, A, chunk)
+        z = sizes(u, A, B, chunk)
         y = u.new_empty(u.shape)
-        last = u.new_empty(len(u), *A.shape)
+        last = u.new_empty(len(u), len(A), B.shape[-1])
         kept = u.new_empty(library()[0].kept(ctypes.byref(z))) if keep else None
         call('forward', [u,dt,A,B,C,D,state,y,last,kept], z)
         return y,last,kept
@@ -213,15 +220,15 @@ class SelectiveScan(torch.autograd.Function):
 # %% ../../nbs/00b_ops_cpp.ipynb #0c8d1f37
 def scan_backward(u, dt, A, B, C, D, state, kept, chunk, gy, gstate)->tuple:
     "Gradients of u, dt, of A, D and the state for each sample, of B and C for each group of channels"
-    z = sizes(u, A, chunk)
+    z = sizes(u, A, B, chunk)
     batch = len(u)
-    groups = library()[0].groups(ctypes.byref(z))
+    parts = library()[0].parts(ctypes.byref(z))
     gy = torch.zeros_like(u) if gy is None else gy.contiguous()
     if gstate is not None: gstate = gstate.contiguous()
     du = torch.empty_like(u)
     ddt = torch.empty_like(u)
-    of_A = batch,*A.shape
-    shapes = [of_A, (groups,*B.shape), (groups,*C.shape), (batch,len(A)), of_A]
+    of_state = batch,len(A),B.shape[-1]
+    shapes = [(batch,*A.shape), (parts,*B.shape), (parts,*C.shape), (batch,len(A)), of_state]
     dA,dB,dC,dD,dstate = (u.new_empty(shape) for shape in shapes)
     given = u,dt,A,B,C,D,kept,gy,gstate
     call('backward', [*given,du,ddt,dA,dB,dC,dD,dstate], z)
@@ -249,3 +256,12 @@ def cpp_scan(u:Tensor,  # (batch, length, d_inner), float32 or float64, or 16-bi
     args = [None if t is None else t.contiguous() for t in args]
     y,last,_ = SelectiveScan.apply(*args, min(chunk, u.shape[1]), keep)
     return y.to(u.dtype),last
+
+# %% ../../nbs/00b_ops_cpp.ipynb #3a95d7c4
+def cpp_ssd(x, dt, A, B, C, D=None, state=None, chunk:int=32)->tuple: # as in `ssd_recurrence`
+    "Mamba2's state space in C++, as a scan over channels"
+    p = x.shape[3]
+    def of_channels(t): return None if t is None else t.repeat_interleave(p, -1)
+    S = None if state is None else state.flatten(1, 2)
+    y,S = cpp_scan(x.flatten(2), of_channels(dt), of_channels(A)[:,None], B, C, of_channels(D), S, chunk)
+    return y.view_as(x),S.unflatten(1, (-1,p))

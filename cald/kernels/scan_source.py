@@ -62,7 +62,7 @@ template<class T, class V = typename Lanes<T>::V> INLINE V exp2(V z) {
 # %% ../../nbs/00a_scan_source.ipynb #e8715881
 GROUP = r'''
 constexpr int GROUP = 64, R = 4;       // channels of a group; numbers of state that are handled at once
-struct Sizes { int64_t batch, length, channels, states, chunk, threads; };
+struct Sizes { int64_t batch, length, channels, shared, states, rates, chunk, threads; };
 
 template<class T> struct Group {
   using V = typename Lanes<T>::V;
@@ -70,20 +70,23 @@ template<class T> struct Group {
   struct Vector { V v; };
   const Sizes z;
   const int64_t N, chunks, groups;     // states rounded up to a multiple of R
-  int64_t sample, group, first;        // its sample, its number there, its first channel
+  int64_t sample, group, part, which, first; // its sample, its number there; its part of which B; first channel
   int lanes, blocks;                   // channels and vectors in use
   std::vector<Vector> memory; V* next; // scratch memory, and its first free vector
 
   Group(const Sizes& z, int64_t task, int64_t vectors)
       : z(z), N(states(z)), chunks((z.length+z.chunk-1)/z.chunk), groups(count(z)) {
     sample = task/groups, group = task%groups;
-    first = group*GROUP;
-    lanes = std::min<int64_t>(GROUP, z.channels-first), blocks = (lanes+W-1)/W;
+    part = group%parts(z), which = group/parts(z);
+    first = which*width(z)+part*GROUP;
+    lanes = std::min<int64_t>(GROUP, width(z)-part*GROUP), blocks = (lanes+W-1)/W;
     memory.resize(vectors);                                        // zeros
     next = &memory[0].v;
   }
   static int64_t states(const Sizes& z) { return (z.states+R-1)/R*R; }
-  static int64_t count(const Sizes& z) { return (z.channels+GROUP-1)/GROUP; }
+  static int64_t width(const Sizes& z) { return z.channels/z.shared; }    // channels that share B and C
+  static int64_t parts(const Sizes& z) { return (width(z)+GROUP-1)/GROUP; } // groups that share them
+  static int64_t count(const Sizes& z) { return z.shared*parts(z); }
   V* take(int64_t vectors) { V* p = next; next += vectors; return p; }
 '''
 
@@ -101,37 +104,36 @@ GROUP_COPIES = r'''
     copy((T*)to, from+start(c)*z.channels+first, positions(c), z.channels, lanes, GROUP);
   }
   void load_states(T* to, const T* from, int64_t c) {
-    copy(to, from+start(c)*z.states, positions(c), z.states, z.states, N);
+    copy(to, from+(start(c)*z.shared+which)*z.states, positions(c), z.shared*z.states, z.states, N);
   }
   void store(T* to, const V* from, int64_t c) {
     for (int t = 0; t < positions(c); t++)
       std::memcpy(to+(start(c)+t)*z.channels+first, from+t*G, lanes*sizeof(T));
   }
   int64_t kept(int64_t c) const { return (((sample*groups+group)*chunks)+c)*N*GROUP; } // the state before c
-  int64_t channel(int c, int64_t n) const { return (first+c)*z.states+n; } // in (channels, states)
-  int64_t own(int c, int64_t n) const { return sample*z.channels*z.states + channel(c, n); } // with the batch
+  int64_t rate(int c, int64_t n) const { return (first+c)*z.rates+n; }     // in (channels, rates)
+  int64_t own_rate(int c, int64_t n) const { return sample*z.channels*z.rates + rate(c, n); } // with the batch
+  int64_t own(int c, int64_t n) const { return (sample*z.channels+first+c)*z.states+n; } // of the state
 };
 '''
 
 # %% ../../nbs/00a_scan_source.ipynb #b0598e03
 FORWARD = r'''
-template<class T> void forward(const T* u, const T* dt, const T* A, const T* B, const T* C, const T* D,
+template<class T, bool ONE> void forward(const T* u, const T* dt, const T* A, const T* B, const T* C, const T* D,
                                const T* state, T* y, T* last, T* keep, const Sizes& z) {
   using Gr = Group<T>; using V = typename Gr::V;
   constexpr int W = Gr::W, G = Gr::G;
   const int64_t N = Gr::states(z), K = z.chunk, tasks = z.batch*Gr::count(z);
   #pragma omp parallel for num_threads(z.threads) schedule(dynamic)
   for (int64_t task = 0; task < tasks; task++) {
-    Gr g(z, task, 3*K*G + 2*N*G + G + 2*(K*N/W+1));
-    V *X = g.take(K*G), *S = g.take(K*G), *Y = g.take(K*G);                // S: dt
+    Gr g(z, task, 4*K*G + 2*N*G + G + 2*(K*N/W+1));
+    V *X = g.take(K*G), *S = g.take(K*G), *Y = g.take(K*G), *E = g.take(K*G); // S: dt, E: decay
     V *H = g.take(N*G), *rate = g.take(N*G), *skip = g.take(G);
     T *Bs = (T*)g.take(K*N/W+1), *Cs = (T*)g.take(K*N/W+1);
     for (int c = 0; c < g.lanes; c++) {
       if (D) ((T*)skip)[c] = D[g.first+c];
-      for (int64_t n = 0; n < z.states; n++) {
-        ((T*)rate)[n*GROUP+c] = A[g.channel(c, n)]*T(1/ln2);
-        if (state) ((T*)H)[n*GROUP+c] = state[g.own(c, n)];
-      }
+      for (int64_t n = 0; n < z.rates; n++) ((T*)rate)[n*GROUP+c] = A[g.rate(c, n)]*T(1/ln2);
+      for (int64_t n = 0; state && n < z.states; n++) ((T*)H)[n*GROUP+c] = state[g.own(c, n)];
     }
 '''
 
@@ -142,17 +144,17 @@ FORWARD_CHUNKS = r'''    for (int64_t chunk = 0; chunk < g.chunks; chunk++) {
       g.load(X, u, chunk), g.load(S, dt, chunk);
       g.load_states(Bs, B, chunk), g.load_states(Cs, C, chunk);
       for (int i = 0; i < k*G; i++) {
-        Y[i] = skip[i%G]*X[i];
-        X[i] *= S[i];
+        Y[i] = skip[i%G]*X[i], X[i] *= S[i];
+        if (ONE) E[i] = exp2<T>(S[i]*rate[i%G]);
       }
       for (int b = 0; b < g.blocks; b++) for (int64_t n = 0; n < N; n += R) {
         V h[R], a[R];
         for (int r = 0; r < R; r++) h[r] = H[(n+r)*G+b], a[r] = rate[(n+r)*G+b];
         for (int t = 0; t < k; t++) {
-          const V s = S[t*G+b], x = X[t*G+b];
+          const V s = S[t*G+b], x = X[t*G+b], e = E[t*G+b];
           V o = Y[t*G+b];
           for (int r = 0; r < R; r++) {
-            h[r] = exp2<T>(s*a[r])*h[r] + x*Bs[t*N+n+r];
+            h[r] = (ONE ? e : exp2<T>(s*a[r]))*h[r] + x*Bs[t*N+n+r];
             o += h[r]*Cs[t*N+n+r];
           }
           Y[t*G+b] = o;
@@ -169,26 +171,25 @@ FORWARD_CHUNKS = r'''    for (int64_t chunk = 0; chunk < g.chunks; chunk++) {
 
 # %% ../../nbs/00a_scan_source.ipynb #9043dc20
 AGAIN = r'''
-template<class T> struct Chunk {           // four numbers of state of one vector of channels, in one chunk
+template<class T, bool ONE> struct Chunk { // four numbers of state of one vector of channels, in one chunk
   using V = typename Lanes<T>::V;
   static constexpr int W = Group<T>::W, G = Group<T>::G;
   int k, b; int64_t N;                     // positions, which vector; numbers of state
   const T *Bs, *Cs;                        // B and C from the first of the four numbers on
   const V *X, *S, *GY; V *H, *E, *DX, *DS, *PB, *PC;
 
+  INLINE V& decay(int t, int r) const { return E[ONE ? t*G+b : t*R+r]; }
   INLINE void again(const T* kept, const V* rate) const {
     V h[R], a[R];
     for (int r = 0; r < R; r++) {
       std::memcpy(&h[r], kept+r*GROUP+b*W, sizeof(V));
-      a[r] = rate[r*G+b];
-      H[r] = h[r];
+      a[r] = rate[r*G+b], H[r] = h[r];
     }
     for (int t = 0; t < k; t++) {
       const V s = S[t*G+b], x = X[t*G+b];
       for (int r = 0; r < R; r++) {
-        const V e = exp2<T>(s*a[r]);
-        E[t*R+r] = e;
-        H[(t+1)*R+r] = h[r] = e*h[r] + x*Bs[t*N+r];
+        if (!ONE) decay(t, r) = exp2<T>(s*a[r]);
+        H[(t+1)*R+r] = h[r] = decay(t, r)*h[r] + x*Bs[t*N+r];
       }
     }
   }
@@ -206,10 +207,10 @@ BACK = r'''  INLINE void back(V* adjoint, const V* A, V* DA) const {
         PC[t*R+r] += gy*H[(t+1)*R+r];
         PB[t*R+r] += x*g[r];
         dx += g[r]*Bs[t*N+r];
-        g[r] *= E[t*R+r];
+        g[r] *= decay(t, r);
         const V w = g[r]*H[t*R+r];
-        da[r] += s*w;
-        ds += a[r]*w;
+        if (!ONE) da[r] += s*w;
+        ds += ONE ? w : a[r]*w;
       }
       DX[t*G+b] = dx, DS[t*G+b] = ds;
     }
@@ -231,27 +232,28 @@ template<class T, int W = Group<T>::W> INLINE T lane_sum(const void* lanes) {  /
 
 # %% ../../nbs/00a_scan_source.ipynb #9912d715
 BACKWARD = r'''
-template<class T> void backward(const T* u, const T* dt, const T* A, const T* B, const T* C, const T* D,
-                                const T* keep, const T* gy, const T* glast,
-                                T* du, T* ddt, T* dA, T* dB, T* dC, T* dD, T* dstate, const Sizes& z) {
+template<class T, bool ONE>
+void backward(const T* u, const T* dt, const T* A, const T* B, const T* C, const T* D,
+              const T* keep, const T* gy, const T* glast,
+              T* du, T* ddt, T* dA, T* dB, T* dC, T* dD, T* dstate, const Sizes& z) {
   using Gr = Group<T>; using V = typename Gr::V;
   constexpr int W = Gr::W, G = Gr::G;
   const int64_t N = Gr::states(z), K = z.chunk, tasks = z.batch*Gr::count(z);
   #pragma omp parallel for num_threads(z.threads) schedule(dynamic)
   for (int64_t task = 0; task < tasks; task++) {
-    Gr g(z, task, 6*K*G + 4*N*G + 2*G + (4*K+1)*R + 2*(K*N/W+1));
+    Gr g(z, task, 7*K*G + 4*N*G + 2*G + (4*K+1)*R + 2*(K*N/W+1));
     V *U = g.take(K*G), *X = g.take(K*G), *S = g.take(K*G), *GY = g.take(K*G);
     V *DX = g.take(K*G), *DS = g.take(K*G), *adjoint = g.take(N*G);
     V *As = g.take(N*G), *rate = g.take(N*G), *DA = g.take(N*G), *skip = g.take(G), *DD = g.take(G);
-    V *H = g.take((K+1)*R), *E = g.take(K*R), *PB = g.take(K*R), *PC = g.take(K*R);
+    V *H = g.take((K+1)*R), *E = g.take(ONE ? K*G : K*R), *PB = g.take(K*R), *PC = g.take(K*R);
     T *Bs = (T*)g.take(K*N/W+1), *Cs = (T*)g.take(K*N/W+1);
     for (int c = 0; c < g.lanes; c++) {
       if (D) ((T*)skip)[c] = D[g.first+c];
-      for (int64_t n = 0; n < z.states; n++) {
-        ((T*)As)[n*GROUP+c] = A[g.channel(c, n)];
-        ((T*)rate)[n*GROUP+c] = A[g.channel(c, n)]*T(1/ln2);
-        if (glast) ((T*)adjoint)[n*GROUP+c] = glast[g.own(c, n)];
+      for (int64_t n = 0; n < z.rates; n++) {
+        ((T*)As)[n*GROUP+c] = A[g.rate(c, n)];
+        ((T*)rate)[n*GROUP+c] = A[g.rate(c, n)]*T(1/ln2);
       }
+      for (int64_t n = 0; glast && n < z.states; n++) ((T*)adjoint)[n*GROUP+c] = glast[g.own(c, n)];
     }
 '''
 
@@ -261,23 +263,24 @@ BACKWARD_CHUNKS = r'''    for (int64_t chunk = g.chunks-1; chunk >= 0; chunk--) 
       g.load(U, u, chunk), g.load(S, dt, chunk), g.load(GY, gy, chunk);
       g.load_states(Bs, B, chunk), g.load_states(Cs, C, chunk);
       for (int i = 0; i < k*G; i++) {
-        X[i] = S[i]*U[i];
-        DX[i] = DS[i] = V{};
+        X[i] = S[i]*U[i], DX[i] = DS[i] = V{};
+        if (ONE) E[i] = exp2<T>(S[i]*rate[i%G]);
       }
       for (int64_t n = 0; n < N; n += R) {
         std::fill(PB, PB+2*K*R, V{});      // and PC, which follows it
         for (int b = 0; b < g.blocks; b++) {
-          const Chunk<T> q{k, b, N, Bs+n, Cs+n, X, S, GY, H, E, DX, DS, PB, PC};
+          const Chunk<T, ONE> q{k, b, N, Bs+n, Cs+n, X, S, GY, H, E, DX, DS, PB, PC};
           q.again(keep+g.kept(chunk)+n*GROUP, rate+n*G);
           q.back(adjoint+n*G, As+n*G, DA+n*G);
         }
         for (int t = 0; t < k; t++) for (int r = 0; r < R && n+r < z.states; r++) {
-          const int64_t i = (g.group*z.batch*z.length + g.start(chunk)+t)*z.states + n+r;
+          const int64_t i = ((g.part*z.batch*z.length + g.start(chunk)+t)*z.shared + g.which)*z.states + n+r;
           dB[i] = lane_sum<T>(&PB[t*R+r]), dC[i] = lane_sum<T>(&PC[t*R+r]);
         }
       }
       for (int i = 0; i < k*G; i++) {
         DD[i%G] += GY[i]*U[i];
+        if (ONE) DA[i%G] += S[i]*DS[i], DS[i] *= As[i%G];
         DS[i] += DX[i]*U[i];
         DX[i] = DX[i]*S[i] + skip[i%G]*GY[i];
       }
@@ -285,10 +288,8 @@ BACKWARD_CHUNKS = r'''    for (int64_t chunk = g.chunks-1; chunk >= 0; chunk--) 
     }
     for (int c = 0; c < g.lanes; c++) {
       dD[g.sample*z.channels+g.first+c] = ((T*)DD)[c];
-      for (int64_t n = 0; n < z.states; n++) {
-        dA[g.own(c, n)] = ((T*)DA)[n*GROUP+c];
-        dstate[g.own(c, n)] = ((T*)adjoint)[n*GROUP+c];
-      }
+      for (int64_t n = 0; n < z.rates; n++) dA[g.own_rate(c, n)] = ((T*)DA)[n*GROUP+c];
+      for (int64_t n = 0; n < z.states; n++) dstate[g.own(c, n)] = ((T*)adjoint)[n*GROUP+c];
     }
   }
 }
