@@ -9,7 +9,7 @@ import cald.data.docs as text, cald.data.text as text_data
 from cald.data.prose import doc_parts
 from cald.data.tables import DataError
 from cald.files import cache_folder
-from cald.data.standins import read_stand_in,stand_in,STAND_INS,STANDIN_SIZES
+from cald.data.standins import read_stand_in,stand_in,stems,STAND_INS,STANDIN_SIZES
 from cald.data.docs import CORPUS,differing,DOC_PACKAGES,documents,read_docs,SMALL
 from cald.data.text import HUB,read_text_task
 from cald.data.tokens import pack,read_index,read_lm,Tokens,write_tokens
@@ -94,6 +94,16 @@ def test_stand_ins_are_balanced_and_disjoint(docs, task):
     for c in ('text','text_b'):
         found = {s: set(g[c].dropna().str.lower()) for s,g in df.groupby('split')}
         assert not found['train']&found['test'] and not found['dev']&found['test'] and not found['train']&found['dev']
+
+@pytest.mark.parametrize('task', ('qnli','qqp'))
+def test_shared_words_do_not_reveal_the_class_of_a_pair(docs, task):
+    df = stand_in(task, docs)
+    shared = [len(stems(a)&stems(b)) for a,b in zip(df.text, df.text_b)]
+    union = [max(1, len(stems(a)|stems(b))) for a,b in zip(df.text, df.text_b)]
+    positive = df.label.isin(['entailment','duplicate']).to_numpy()
+    for overlap in (np.array(shared), np.array(shared)/union):
+        accuracy = max(((overlap>=t)==positive).mean() for t in np.unique(overlap))
+        assert accuracy<.6, f'{accuracy:.1%} by overlap alone'
 
 @pytest.mark.parametrize('task', STAND_INS)
 def test_a_stand_in_depends_on_its_seed_alone(docs, task):

@@ -61,14 +61,14 @@ SEARCH_SEED = 1000 # used by the search alone
 _smoke = dict(steps=4, batch=8, lr=1e-3, lr_student=1e-3, alpha=1., evals=2, k=4, length=32, dropout=0.,
               align=2)
 
-_demo = dict(batch=16, steps_student=500, alpha=10., dropout=0., evals=5, k=64, length=128, warmup=.1,
+_demo = dict(batch=16, steps_student=400, alpha=10., dropout=0., evals=5, k=64, length=128, warmup=.1,
              weight_decay=0.)
-_pairs = dict(steps=700, steps_student=450)
+_pairs = dict(steps=700, steps_student=300)
 _demo_task = dict(
     qnli=dict(_pairs, lr=3e-4),
     qqp=dict(_pairs, lr=2e-4),
     sst2=dict(steps=800, lr=3.5e-4),
-    imdb=dict(steps=300, steps_student=160, lr=3e-4, length=256, k=128, batch=8, evals=4))
+    imdb=dict(steps=300, steps_student=150, lr=3e-4, length=256, k=128, batch=8, evals=4))
 
 _paper = dict(batch=16, accumulate=2, lr=3e-5, alpha=1., evals=40, waypoints=10, loss='paper-nlp',
               teacher_train=True, warmup=.06, weight_decay=0.)
