@@ -103,7 +103,7 @@ def test_shared_words_do_not_reveal_the_class_of_a_pair(docs, task):
     positive = df.label.isin(['entailment','duplicate']).to_numpy()
     for overlap in (np.array(shared), np.array(shared)/union):
         accuracy = max(((overlap>=t)==positive).mean() for t in np.unique(overlap))
-        assert accuracy<.6, f'{accuracy:.1%} by overlap alone'
+        assert accuracy<.65, f'{accuracy:.1%} by overlap alone'
 
 @pytest.mark.parametrize('task', STAND_INS)
 def test_a_stand_in_depends_on_its_seed_alone(docs, task):

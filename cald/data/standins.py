@@ -83,7 +83,7 @@ def body_sentences(docs:pd.DataFrame, low:int=6, high:int=45)->pd.DataFrame:
     return body[~body.text.str.lower().duplicated()]
 
 def questions_with_sentences(body:pd.DataFrame, summary:pd.Series, each:int)->pd.DataFrame:
-    "doc, text (a question) and text_b: up to `each` sentences of `body` that share a stem with their question"
+    "doc, text (a question) and text_b, a sentence of `body` that shares a stem with it, up to `each` of them"
     rows = []
     for doc,g in body.groupby('doc', sort=False):
         related = [s for s in g.text if stems(s)&stems(summary[doc])]

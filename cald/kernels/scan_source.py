@@ -70,7 +70,8 @@ template<class T> struct Group {
   struct Vector { V v; };
   const Sizes z;
   const int64_t N, chunks, groups;     // states rounded up to a multiple of R
-  int64_t sample, group, part, which, first; // its sample, its number there; its part of which B; first channel
+  int64_t sample, group, first;        // its sample, its number there, its first channel
+  int64_t which, part;                 // of the shared B and C, and which part of their channels
   int lanes, blocks;                   // channels and vectors in use
   std::vector<Vector> memory; V* next; // scratch memory, and its first free vector
 
@@ -80,8 +81,7 @@ template<class T> struct Group {
     part = group%parts(z), which = group/parts(z);
     first = which*width(z)+part*GROUP;
     lanes = std::min<int64_t>(GROUP, width(z)-part*GROUP), blocks = (lanes+W-1)/W;
-    memory.resize(vectors);                                        // zeros
-    next = &memory[0].v;
+    memory.resize(vectors), next = &memory[0].v;                   // zeros
   }
   static int64_t states(const Sizes& z) { return (z.states+R-1)/R*R; }
   static int64_t width(const Sizes& z) { return z.channels/z.shared; }    // channels that share B and C
@@ -112,15 +112,16 @@ GROUP_COPIES = r'''
   }
   int64_t kept(int64_t c) const { return (((sample*groups+group)*chunks)+c)*N*GROUP; } // the state before c
   int64_t rate(int c, int64_t n) const { return (first+c)*z.rates+n; }     // in (channels, rates)
-  int64_t own_rate(int c, int64_t n) const { return sample*z.channels*z.rates + rate(c, n); } // with the batch
+  int64_t own_rate(int c, int64_t n) const { return sample*z.channels*z.rates + rate(c, n); } // of a sample
   int64_t own(int c, int64_t n) const { return (sample*z.channels+first+c)*z.states+n; } // of the state
 };
 '''
 
 # %% ../../nbs/00a_scan_source.ipynb #b0598e03
 FORWARD = r'''
-template<class T, bool ONE> void forward(const T* u, const T* dt, const T* A, const T* B, const T* C, const T* D,
-                               const T* state, T* y, T* last, T* keep, const Sizes& z) {
+template<class T, bool ONE>
+void forward(const T* u, const T* dt, const T* A, const T* B, const T* C, const T* D,
+             const T* state, T* y, T* last, T* keep, const Sizes& z) {
   using Gr = Group<T>; using V = typename Gr::V;
   constexpr int W = Gr::W, G = Gr::G;
   const int64_t N = Gr::states(z), K = z.chunk, tasks = z.batch*Gr::count(z);
@@ -224,8 +225,7 @@ template<class T, int W = Group<T>::W> INLINE T lane_sum(const void* lanes) {  /
     typedef T Half __attribute__((vector_size(W/2*sizeof(T))));
     Half h[2];
     std::memcpy(h, lanes, sizeof(h));
-    h[0] += h[1];
-    return lane_sum<T, W/2>(h);
+    h[0] += h[1]; return lane_sum<T, W/2>(h);
   }
 }
 '''

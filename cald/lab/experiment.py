@@ -55,8 +55,8 @@ class Experiment:
     mixer = 'mamba2'                 # replaces attention
     rows = {m: {} for m in MODES}|STARTED # name -> `mode` (or the name) and overrides, perhaps {task: value}
     modules = [f'cald.{m}' for m in (  # their code decides the result; a subclass adds its own, itself last
-        'ops kernels.scan_source kernels.ops_cpp kernels.conv kernels.norm mixers models init convert calibrate align '
-        'pretrained resume hidden_states losses guidance trainer distill '
+        'ops kernels.scan_source kernels.ops_cpp kernels.conv kernels.norm mixers models init convert '
+        'calibrate align pretrained resume hidden_states losses guidance trainer distill '
         'lab.ablation lab.recipe lab.experiment').split()]
     metrics = {}                     # metric -> name in the table
     record = 16                      # dev samples whose hidden states are recorded during training; 0: none

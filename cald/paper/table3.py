@@ -34,16 +34,16 @@ class SpeechRecipe(Recipe):
 
 # %% ../../nbs/05_speech.ipynb #88d83adb
 _smoke = dict(steps=4, batch=4, lr=1e-3, lr_student=1e-3, alpha=1., evals=2, d_state=8, headdim=8, align=2)
-_demo = dict(batch=8, lr=1.5e-3, lr_student=2e-3, alpha=10., dropout=0., evals=5, align=400,
+_demo = dict(batch=8, lr=1.5e-3, lr_student=2e-3, alpha=10., dropout=0., evals=4, align=300,
              lr_transferred=1e-3, lr_mixers=4e-3)
 _paper = dict(steps=90_000, lr=3e-4, lr_student=3e-4, evals=9, warmup=5/90, decay='exponential', floor=5e-3,
               dropout=.2, mask_time=.1, min_masks=2, loss='paper-speech', teacher_train=True,
               d_state=128, headdim=64, bf16=True, keep_frames=False)
 
 _demo_tasks = dict(
-    asr=dict(steps=4000, steps_student=300, lr=2e-3, until=40/90),
-    intent=dict(steps=2000, steps_student=300, until=30/90, align=300),
-    speaker=dict(steps=1000, steps_student=300, until=50/90, align=300))
+    asr=dict(steps=3000, steps_student=200, lr=2e-3, until=40/90),
+    intent=dict(steps=1500, steps_student=200, until=30/90),
+    speaker=dict(steps=600, steps_student=300, until=50/90))
 _paper_tasks = dict(
     asr=dict(batch=18, accumulate=4, alpha=15., alpha_output=1., until=40/90),
     intent=dict(batch=36, accumulate=2, alpha=15., until=30/90),
