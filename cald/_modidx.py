@@ -845,6 +845,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'cald.paper.questions.with_gains': ('questions.html#with_gains', 'cald/paper/questions.py')},
             'cald.paper.real': { 'cald.paper.real.Kit': ('pretrained.html#kit', 'cald/paper/real.py'),
                                  'cald.paper.real.Kit.__init__': ('pretrained.html#kit.__init__', 'cald/paper/real.py'),
+                                 'cald.paper.real.RealTask': ('pretrained.html#realtask', 'cald/paper/real.py'),
                                  'cald.paper.real.Utterances': ('pretrained.html#utterances', 'cald/paper/real.py'),
                                  'cald.paper.real.Utterances.__getitem__': ('pretrained.html#utterances.__getitem__', 'cald/paper/real.py'),
                                  'cald.paper.real.Utterances.__init__': ('pretrained.html#utterances.__init__', 'cald/paper/real.py'),

