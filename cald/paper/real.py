@@ -55,6 +55,7 @@ scale_settings('whisper',
     demo=dict(_speech, **_demo, lr=1e-5),
     paper=dict(_speech, **_paper, steps=1000, batch=8, lr=1e-5))
 
+# %% ../../nbs/08e_pretrained.ipynb #08e00013
 @dataclass(frozen=True)
 class RealTask:
     "What is measured, which parts of the layers are converted, from which source, on which data"
@@ -85,7 +86,7 @@ def reason_to_skip(task:str, scale:str, given:str='')->str:
     except (ModuleNotFoundError,ValueError,FileNotFoundError) as e: return str(e)
     return ''
 
-# %% ../../nbs/08e_pretrained.ipynb #08e00014
+# %% ../../nbs/08e_pretrained.ipynb #08e00016
 class Kit:
     "A task made ready: `source` makes the model, `train` and `test` are data sets, `judge` is the metric"
     def __init__(self, source, train, test, collate, judge, hash:str, task_loss=None):
@@ -115,7 +116,7 @@ def text_kit(s,             # settings
     hash_ = digest([hash_files(*files), SMOLLM2.files])
     return Kit(load_smollm2, train, test, collate_rows, perplexity, hash_, next_token_loss)
 
-# %% ../../nbs/08e_pretrained.ipynb #08e00018
+# %% ../../nbs/08e_pretrained.ipynb #08e00020
 class Utterances(torch.utils.data.Dataset):
     "Features (mels, frames) of recordings, and tokens of their transcripts `texts`"
     def __init__(self, features, tokens:list, texts:list):
@@ -153,7 +154,7 @@ def word_error_rate(model, ds:Utterances, read, # token ids -> texts, normalised
     model.train(was_training)
     return 100*jiwer.wer(ds.texts, said)
 
-# %% ../../nbs/08e_pretrained.ipynb #08e00021
+# %% ../../nbs/08e_pretrained.ipynb #08e00023
 def show_encoder(model):
     "Give the outputs of `model` the encoder's states as `hidden_states`"
     def add(module, args, out): out.hidden_states = out.encoder_hidden_states
@@ -190,7 +191,7 @@ def speech_kit(s, given:str='')->Kit: # as `text_kit`
 
 KITS = dict(smollm2=text_kit, whisper=speech_kit)
 
-# %% ../../nbs/08e_pretrained.ipynb #08e00025
+# %% ../../nbs/08e_pretrained.ipynb #08e00027
 def training_arguments(s, folder, seed:int)->TrainingArguments:
     "Those of the guided training"
     every = max(s.steps//4, 1)
@@ -226,7 +227,7 @@ def train_guided(kit:Kit, s, run, seed:int, model, guidance, **kwargs):
     trainer.train(resume=True)
     return folder
 
-# %% ../../nbs/08e_pretrained.ipynb #08e00026
+# %% ../../nbs/08e_pretrained.ipynb #08e00028
 def convert_and_train(c, run, kit:Kit, s)->dict: # stages: the metric of each
     "The stages of a student: converted, aligned, guided by its source"
     teacher = kit.source()
@@ -257,7 +258,7 @@ def run_cell(c, run, kit:Kit)->dict: # stages: the metric of each
     if c.mode=='fine-tuned': shutil.rmtree(folder)
     return dict(stages={c.mode: value})
 
-# %% ../../nbs/08e_pretrained.ipynb #08e00028
+# %% ../../nbs/08e_pretrained.ipynb #08e00030
 def cells(task:str, seeds:list, scale:str,
           steps:int=None, align:int=None)->list: # None: as in the scale
     "The cells of `task`"

@@ -199,6 +199,7 @@ WHISPER_PARTS = { # CTranslate2's module: the modules of transformers whose rows
     'position_encodings': ['embed_positions']}
 WHISPER_ENDS = dict(weight='weight', bias='bias', gamma='weight', beta='bias', encodings='weight')
 
+# %% ../../nbs/04n_sources.ipynb #04b00102
 def whisper_names(name:str)->list:
     "The names in transformers of the tensors that `name` joins; ValueError if it is unknown"
     side,*modules,end = name.split('/')
