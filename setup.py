@@ -18,6 +18,6 @@ setup(
     packages=find_packages(include=[lib, lib+'.*']), zip_safe=False,
     include_package_data=False, package_data={lib: ['checkpoints/**/*', 'paper/*.csv', 'paper/*.yaml', 'paper/*.md']},
     install_requires=words('requirements'),
-    extras_require={k: words(k+'_requirements') for k in ('demo','minilm','eval','cuda','dev')},
+    extras_require={k: words(k+'_requirements') for k in ('demo','minilm','smollm2','whisper','eval','cuda','dev')},
     entry_points=dict(nbdev=[f'{lib}={lib}._modidx:d'], console_scripts=words('console_scripts')),
 )

@@ -58,6 +58,7 @@ def test_every_family_starts_from_its_attention(name):
     family = FAMILIES[name]
     config = getattr(transformers, family.config)
     shared = dict(num_key_value_heads=2) if hasattr(config(), 'num_key_value_heads') else {}
+    if name=='whisper': shared = dict(decoder_attention_heads=4) # its field num_key_value_heads is the number of heads
     config = config(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, vocab_size=60, **shared,
                                                   pad_token_id=1)
     m = AutoModel.from_config(config)
