@@ -39,7 +39,7 @@ from ..tasks.lm import Rows,collate_rows,encode,evaluate_lm,next_token_loss,spre
 from ..tasks.sources import Packaged,packaged_folder,SMOLLM2,smollm2,WHISPER,whisper
 
 # %% ../../nbs/08e_pretrained.ipynb #08e00011
-_common = dict(part='all', warmup=.1, weight_decay=0., lr_align=4e-3, lr_new=2e-4, alpha=10.)
+_common = dict(part='all', warmup=.1, weight_decay=0., lr_align=1e-3, lr_new=5e-5, alpha=10.)
 _text = dict(_common, length=256, train_rows=0)
 _speech = dict(_common, test_speakers=3, new_tokens=120)
 _smoke = dict(steps=3, align=4, batch=4, calibration=2, lr=1e-4, bf16=False)
