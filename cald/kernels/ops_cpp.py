@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['EXPORTS', 'SOURCE', 'FLAGS', 'build_folder', 'processor', 'built_file', 'compiler', 'compile_source', 'build',
-           'Sizes', 'load', 'open_library', 'library', 'scan_backend', 'check_scan', 'call', 'sizes', 'SelectiveScan',
-           'scan_backward', 'cpp_scan', 'cpp_ssd']
+           'Sizes', 'load_passes', 'load', 'open_library', 'library', 'scan_backend', 'check_scan',
+           'differentiated_once', 'call', 'sizes', 'SelectiveScan', 'scan_backward', 'cpp_scan', 'cpp_ssd']
 
 # %% ../../nbs/00b_ops_cpp.ipynb #ab763fcd
 import ctypes,functools,hashlib,logging,os,platform,re,shlex,shutil,subprocess,sys,tempfile,time
@@ -107,12 +107,17 @@ class Sizes(ctypes.Structure):
     "The sizes of a scan, as `Sizes` in the C++"
     _fields_ = [(n,ctypes.c_int64) for n in 'batch length channels shared states rates chunk threads'.split()]
 
-def load(path:Path):
-    "The library in file `path`; OSError or AttributeError if the file is not one"
+def load_passes(path:Path):
+    "The library of a forward and a backward pass in file `path`; OSError or AttributeError if it is not one"
     lib = ctypes.CDLL(str(path))
-    lib.kept.restype = lib.parts.restype = ctypes.c_int64
     lib.forward_float32.restype = lib.forward_float64.restype = None
     lib.backward_float32.restype = lib.backward_float64.restype = None
+    return lib
+
+def load(path:Path):
+    "The library of the scan in file `path`; errors as in `load_passes`"
+    lib = load_passes(path)
+    lib.kept.restype = lib.parts.restype = ctypes.c_int64
     return lib
 
 def open_library(load, source:str=None, name:str='scan', what:str='selective scan')->tuple:
@@ -176,6 +181,13 @@ def check_scan(u, dt, A, B, C, D=None, state=None):
         raise ValueError(f'{shared[0]} pairs of B and C cannot be shared by {d} channels')
     if l==0: raise ValueError('the sequence has no positions (length 0)')
 
+# %% ../../nbs/00b_ops_cpp.ipynb #eb8bf424
+def differentiated_once(what:str):
+    "RuntimeError where a gradient of the gradient is asked for"
+    if torch.is_grad_enabled():
+        raise RuntimeError(f'the C++ {what} can be differentiated once; '
+                           'CALD_SCAN=torch allows create_graph=True')
+
 # %% ../../nbs/00b_ops_cpp.ipynb #eb8bf423
 def call(direction, tensors, z, lib=None): # 'forward' or 'backward'; tensors may be None; sizes
     "Run a function of `lib`, by default the library of the scan"
@@ -208,9 +220,7 @@ class SelectiveScan(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gy, gstate, _):
-        if torch.is_grad_enabled():
-            raise RuntimeError('the C++ scan can be differentiated once; '
-                               'CALD_SCAN=torch allows create_graph=True')
+        differentiated_once('scan')
         saved = ctx.saved_tensors # once: under gradient checkpointing a second access raises
         du,ddt,dA,dB,dC,dD,dstate = scan_backward(*saved, ctx.chunk, gy, gstate)
         D,state = saved[5:7]
