@@ -5,7 +5,7 @@ from pathlib import Path
 import pandas as pd, papermill as pm, pytest
 from cald.paper import status
 from cald.paper.status import ARTEFACTS,module_hash
-from cald.paper.cli import main
+from cald.cli.main import main
 
 root = Path(__file__).parents[1]
 pytest.importorskip('espeakng_loader', reason='generated speech needs the extra `demo`')

@@ -4,14 +4,15 @@ from pathlib import Path
 import psutil, pytest
 from common import module_name
 from cald.paper.status import Artefact,ARTEFACTS,module_hash,modules_of,result_state,stamp,status
-from cald.paper.cli import committed_record,estimate_minutes,main,reproduce
+from cald.cli.main import main
+from cald.paper.reproduce import committed_record,estimate_minutes,reproduce
 from cald.files import write_json
 
 root = Path(__file__).parents[1]
 
 def cald(*args, cwd, stdout=subprocess.PIPE):
     "Run the `cald` of checkout `cwd` as the console script does"
-    code = "import sys; sys.argv[0] = 'cald'; from cald.paper.cli import main; sys.exit(main())"
+    code = "import sys; sys.argv[0] = 'cald'; from cald.cli.main import main; sys.exit(main())"
     return subprocess.run([sys.executable, '-c', code, *args], cwd=cwd, stdout=stdout, stderr=subprocess.PIPE, text=True, env={**os.environ, 'PYTHONPATH':str(cwd), 'OMP_NUM_THREADS':'1'})
 
 @pytest.fixture
@@ -101,7 +102,7 @@ def fit(c, run): time.sleep(.6); return dict(score=float(c.seed))
 results = train_missing(grid(task='toy-paper', source='toy', mixer='none', mode='plain', scale=scale, seed=seeds), fit, Store(), 'points')
 write_table('toy', summarise(results, 'mode', 'task', 'score'), results, out_folder(out, scale), params=dict(scale=scale, seeds=seeds, workers=workers))"""
 toys = [Artefact('toy', 'A toy', 'toy', minutes=1)]
-run = f"import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from cald.paper.status import Artefact; from cald.paper.cli import reproduce; reproduce(seeds=10, artefacts={toys})"
+run = f"import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from cald.paper.status import Artefact; from cald.paper.reproduce import reproduce; reproduce(seeds=10, artefacts={toys})"
 
 @pytest.fixture
 def toy(tmp_path, monkeypatch):

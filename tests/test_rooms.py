@@ -7,7 +7,7 @@ from common import cells,library,module_name,source
 
 root = Path(__file__).parents[1]
 ALLOWED = dict(kernels={'kernels','method'}, method={'method','kernels'}, lab={'method','lab'}, data={'data'}, tasks={'method','lab','data','tasks'},
-               paper={'method','lab','data','tasks','paper'}, pretrain={'method','lab','data','tasks','pretrain'})
+               paper={'method','lab','data','tasks','paper'}, cli={'method','lab','data','tasks','paper','cli'}, pretrain={'method','lab','data','tasks','pretrain'})
 
 def modules(folder=library): return sorted(module_name(f, folder) for f in folder.rglob('*.py') if not f.name.startswith('_'))
 

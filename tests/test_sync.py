@@ -212,7 +212,7 @@ def test_wheel_holds_library_checkpoints_and_data(wheel):
 
 def test_wheel_has_the_command(wheel):
     z = zipfile.ZipFile(wheel)
-    assert 'cald = cald.paper.cli:main' in z.read(next(n for n in z.namelist() if n.endswith('entry_points.txt'))).decode()
+    assert 'cald = cald.cli.main:main' in z.read(next(n for n in z.namelist() if n.endswith('entry_points.txt'))).decode()
 
 def test_wheel_works_away_from_the_tree(wheel, tmp_path):
     zipfile.ZipFile(wheel).extractall(tmp_path/'site')
@@ -226,7 +226,7 @@ from cald.guidance import Target
 from cald.lab.results import paper_numbers
 from cald.pretrained import shipped
 import contextlib, io
-from cald.paper.cli import main
+from cald.cli.main import main
 for command in ('reproduce','status'):
     with contextlib.redirect_stderr(io.StringIO()) as said: assert main([command])==2
     assert 'needs the repository' in said.getvalue(), said.getvalue()

@@ -73,22 +73,26 @@ def check_columns(rows:list, path)->set: # the columns
     "Raise DataError if the manifest `rows` of file `path` are empty or lack a column"
     if not rows: raise DataError(f"{path} has no rows")
     columns = set().union(*rows)
-    if 'audio' in columns and columns & {'text','intent','scenario','speaker'}: return columns
+    if 'audio' in columns and columns & {'text','label','intent','scenario','speaker'}: return columns
     names = ', '.join(sorted(columns-{'where'}))
-    raise DataError(f"{path} has the columns {names}: `audio` is needed, and `text`, `intent` or `speaker`")
+    raise DataError(f"{path} has the columns {names}: `audio` is needed, and `text`, `label`, `intent` "
+                    'or `speaker`')
 
 # %% ../../nbs/04h_speech.ipynb #aaf443f1
 def read_manifest(path,                  # .tsv, .csv or .jsonl, or .gz of one
                   prepare:Callable=None, # function of a transcript, such as `str.lower`
                  )->pd.DataFrame:
-    "Read a manifest with `audio` (relative to its folder) and one of `text`, `intent`, `scenario`, `speaker`"
+    "Read a manifest with `audio` (relative to its folder) and `text`, `label`, `intent`, `scenario` or `speaker`"
     path = Path(path)
     rows = read_rows(path)
     columns = check_columns(rows, path)
-    for r in rows:
+    intents = [as_text(r.get('intent', r.get('label'))) for r in rows]
+    two_parts = all('_' in intent for intent in intents if intent)
+    for r,intent in zip(rows, intents):
         r['audio'] = str(path.parent/str(r['audio'])) if r.get('audio') else ''
-        if r.get('intent') and not r.get('scenario'):
-            r['scenario'],_,r['action'] = str(r['intent']).partition('_')
+        if intent and not r.get('scenario'):
+            if two_parts: r['scenario'],_,r['action'] = intent.partition('_')
+            else: r['scenario'] = intent
         if prepare and r.get('text'): r['text'] = prepare(str(r['text']))
     df = manifest(rows)
     if 'split' in columns: df['split'] = [SPEECH_SPLITS.get(s.lower(), s) for s in df.split]

@@ -33,9 +33,9 @@ HAS_PAIRS = dict(qnli=True, qqp=True, sst2=False, imdb=False) # task -> does it 
 
 def find_columns(have, task:str, where)->tuple: # names of text, text_b (or None) and label (or None)
     "The columns of `have` that `task` reads; DataError if the text columns are missing"
-    pair = HAS_PAIRS[task]
     label = next((c for c in LABEL_COLUMNS if c in have), None)
     pairs = [p for p in PAIR_COLUMNS if set(p)<=set(have)]
+    pair = HAS_PAIRS.get(task, bool(pairs)) # a task of the user's own takes either
     single = [c for c in SINGLE_COLUMNS if c in have]
     if pair and pairs: return *pairs[0],label
     if not pair and single and not pairs: return single[0],None,label

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MODEL_PAIRS', 'RATE', 'STEPS', 'ROLE_STYLES', 'Pair', 'inputs', 'timed', 'forward', 'training', 'decoding',
-           'cache_mb', 'filled', 'device_here', 'measure', 'measured_apart', 'cells', 'measure_cell', 'points_of',
-           'draw_lines', 'log_axes', 'shared_legend', 'plot_lengths', 'plot_decoding']
+           'cache_mb', 'filled', 'device_here', 'measure_model', 'measure', 'measured_apart', 'cells', 'measure_cell',
+           'points_of', 'draw_lines', 'log_axes', 'shared_legend', 'plot_lengths', 'plot_decoding']
 
 # %% ../../nbs/08d_efficiency.ipynb #7e000003
 import json
@@ -82,7 +82,7 @@ RATE = 50 # positions of Wav2Vec2 in a second of audio
 def inputs(config, batch:int, length:int): # (batch, length) tokens, or the samples of as many positions
     "Random input of `length` positions"
     # the CNN's window has 400 samples, and the next window begins 320 samples later
-    if isinstance(config, Wav2Vec2Config): return torch.randn(batch, 320*length+80)
+    if hasattr(config, 'conv_kernel'): return torch.randn(batch, 320*length+80)
     return torch.randint(3, config.vocab_size, (batch,length))
 
 # %% ../../nbs/08d_efficiency.ipynb #7e00000d
@@ -137,17 +137,15 @@ def device_here()->torch.device: # the accelerator if there is one
     if torch.accelerator.is_available(): return torch.accelerator.current_accelerator()
     return torch.device('cpu')
 
-def measure(family:str, mixer:str, mode:str, scale:str, threads:int,
-            lengths:list,  # positions, rising
-            tokens:int,    # positions of a training batch, whatever their length
-            repeats:int, limit:float, bf16:bool,
-           )->list: # of dict(length, batch, ms, repeats, and cache_mb in decoding, otherwise memory_mb)
+def measure_model(model, mode:str, # of `STEPS`
+                  lengths:list,  # positions, rising
+                  tokens:int,    # positions of a training batch, whatever their length
+                  repeats:int, limit:float, bf16:bool,
+                 )->list: # of dict(length, batch, ms, repeats, and cache_mb in decoding, otherwise memory_mb)
     "Time and memory of the calls of `mode`"
-    torch.set_num_threads(threads)
-    pair = MODEL_PAIRS[check_name(family, MODEL_PAIRS, 'family')]
     step = STEPS[mode]
     device = device_here()
-    model = pair.model(scale, mixer, max(lengths)+repeats+2).to(device).train(mode=='training')
+    model = model.to(device).train(mode=='training')
     before = peak_memory_mb()
     out = []
     with torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext():
@@ -161,18 +159,31 @@ def measure(family:str, mixer:str, mode:str, scale:str, threads:int,
             out.append(dict(length=n, batch=batch, ms=1e3*median(seconds), repeats=len(seconds), **memory))
     return out
 
-# %% ../../nbs/08d_efficiency.ipynb #0dc81006
-_child = ('import json,sys; from cald.paper.efficiency import measure; '
-          'print(json.dumps(measure(**json.loads(sys.argv[1]))))')
+def measure(family:str, mixer:str, mode:str, scale:str, threads:int, lengths:list, repeats:int,
+            **kwargs)->list: # as for `measure_model`
+    "`measure_model` of one model of a pair"
+    torch.set_num_threads(threads)
+    pair = MODEL_PAIRS[check_name(family, MODEL_PAIRS, 'family')]
+    model = pair.model(scale, mixer, max(lengths)+repeats+2)
+    return measure_model(model, mode, lengths, repeats=repeats, **kwargs)
 
-def measured_apart(**kwargs)->list:
-    "`measure` in a new process; RuntimeError with the last line of its output if it fails"
-    command = [sys.executable, '-c', _child, json.dumps(kwargs)]
+
+# %% ../../nbs/08d_efficiency.ipynb #0dc81006
+_child = ('import importlib,json,sys; module,_,name = sys.argv[1].partition(":"); '
+          'work = getattr(importlib.import_module(module), name); '
+          'print(json.dumps(work(**json.loads(sys.argv[2]))))')
+
+def measured_apart(work:str='cald.paper.efficiency:measure', # 'module:function'
+                   **kwargs)->list: # its arguments
+    "The result of `work` in a new process; RuntimeError with the last line of its output if it fails"
+    command = [sys.executable, '-c', _child, work, json.dumps(kwargs)]
     p = subprocess.run(command, capture_output=True, text=True)
     if p.returncode==0: return json.loads(p.stdout.splitlines()[-1])
     if p.returncode<0: reason = f'killed by signal {-p.returncode}; signal 9 usually means too little memory'
     else: reason = (p.stderr.strip().splitlines() or ['no message'])[-1]
-    raise RuntimeError(f"{kwargs['family']}, {kwargs['mixer']}, {kwargs['mode']}: {reason}")
+    named = [kwargs[k] for k in ('family','mixer','mode') if k in kwargs]
+    raise RuntimeError(f"{', '.join(named)}: {reason}")
+
 
 # %% ../../nbs/08d_efficiency.ipynb #7e000016
 scale_settings('efficiency',

@@ -124,18 +124,21 @@ def collate_text(items:list, # of `TextData.part`
 
 # %% ../../nbs/04m_text_tasks.ipynb #49c22388
 @torch.no_grad()
-def predict_text(model, items:list, pad:int)->torch.Tensor: # (len(items),)
-    "The predicted class of each of `items`"
+def predict_text(model, items:list, pad:int,
+                 regression:bool=False # predict a number instead of a class
+                )->torch.Tensor: # (len(items),)
+    "The predicted class, or number, of each of `items`"
     batch_size = 16 if model.device.type=='cpu' else 64 # small batches stay in a CPU's cache
     order = sorted(range(len(items)), key=lambda i: -len(items[i]['input_ids']))
-    predicted = torch.zeros(len(items), dtype=torch.long)
+    predicted = torch.zeros(len(items), dtype=torch.float if regression else torch.long)
     was_training = model.training
     model.eval()
     for start in range(0, len(items), batch_size):
         idx = order[start:start+batch_size]
         batch = collate_text([items[i] for i in idx], pad)
         inputs = {k: v.to(model.device) for k,v in batch.items() if k!='labels'}
-        predicted[idx] = model(**inputs).logits.float().argmax(-1).cpu()
+        logits = model(**inputs).logits.float().cpu()
+        predicted[idx] = logits[:,0] if regression else logits.argmax(-1)
     model.train(was_training)
     return predicted
 
