@@ -45,9 +45,13 @@ AUTO_CLASSES = dict( # Auto class: ending of the class name
     text=dict(AutoModel='Model', AutoModelForMaskedLM='ForMaskedLM',
               AutoModelForSequenceClassification='ForSequenceClassification',
               AutoModelForTokenClassification='ForTokenClassification',
-              AutoModelForQuestionAnswering='ForQuestionAnswering'),
+              AutoModelForQuestionAnswering='ForQuestionAnswering',
+              AutoModelForMultipleChoice='ForMultipleChoice'),
     decoder=dict(AutoModel='Model', AutoModelForCausalLM='ForCausalLM',
-                 AutoModelForSequenceClassification='ForSequenceClassification'))
+                 AutoModelForSequenceClassification='ForSequenceClassification',
+                 AutoModelForTokenClassification='ForTokenClassification',
+                 AutoModelForQuestionAnswering='ForQuestionAnswering'),
+    image=dict(AutoModel='Model', AutoModelForImageClassification='ForImageClassification'))
 
 def head_classes(prefix:str, # of the class names of an architecture, 'Llama'
                  kind:str,   # of `AUTO_CLASSES`
@@ -69,43 +73,84 @@ def same_layers(known:str,  # name of a registered family
     heads = head_classes(prefix, kind)
     return replace(FAMILIES[known], name=name, config=f'{prefix}Config', heads=heads, students={})
 
+_version = tuple(map(int, transformers.__version__.split('.')[:2]))
+_outputs = dict(projections=('q_proj','k_proj','v_proj','out_proj'), dropout='attention_dropout')
 _wav2vec2_bert = Family('wav2vec2-bert', 'Wav2Vec2BertConfig', head_classes('Wav2Vec2Bert', 'speech'),
                         layers='encoder.layers', attention='self_attn')
-_distilbert = Family(
-    'distilbert', 'DistilBertConfig', head_classes('DistilBert', 'text'), layers='transformer.layer',
-    attention='attention', projections=('q_lin','k_lin','v_lin','out_lin'), dropout='attention_dropout')
-_version = tuple(map(int, transformers.__version__.split('.')[:2]))
-_encoders = (
+_conformer = Family('wav2vec2-conformer', 'Wav2Vec2ConformerConfig',
+                    head_classes('Wav2Vec2Conformer', 'speech'), layers='encoder.layers', attention='self_attn')
+_wavlm = Family('wavlm', 'WavLMConfig', head_classes('WavLM', 'speech'), layers='encoder.layers',
+                attention='attention', first_leads=True)
+_speech_encoders = (
     same_layers('wav2vec2', 'hubert', 'Hubert', 'speech'),
     same_layers('wav2vec2', 'unispeech-sat', 'UniSpeechSat', 'speech'),
     same_layers('wav2vec2', 'data2vec-audio', 'Data2VecAudio', 'speech'),
+    same_layers('wav2vec2', 'sew', 'SEW', 'speech'),
     *([_wav2vec2_bert] if _version>=(5,16) else []),
+    _conformer,
+    _wavlm)
+
+
+# %% ../nbs/01a_families.ipynb #c01a0030
+_distilbert = Family(
+    'distilbert', 'DistilBertConfig', head_classes('DistilBert', 'text'), layers='transformer.layer',
+    attention='attention', projections=('q_lin','k_lin','v_lin','out_lin'), dropout='attention_dropout')
+_modernbert = Family('modernbert', 'ModernBertConfig', head_classes('ModernBert', 'text'), layers='layers',
+                     attention='attn')
+_deberta = Family('deberta-v2', 'DebertaV2Config', head_classes('DebertaV2', 'text'), layers='encoder.layer',
+                  attention='attention.self')
+_mpnet = Family('mpnet', 'MPNetConfig', head_classes('MPNet', 'text'), layers='encoder.layer',
+                attention='attention.attn')
+_text_encoders = (
     same_layers('roberta', 'xlm-roberta', 'XLMRoberta', 'text'),
+    same_layers('roberta', 'xlm-roberta-xl', 'XLMRobertaXL', 'text'),
     same_layers('roberta', 'camembert', 'Camembert', 'text'),
     same_layers('bert', 'electra', 'Electra', 'text'),
-    _distilbert)
+    same_layers('bert', 'roformer', 'RoFormer', 'text'),
+    same_layers('bert', 'esm', 'Esm', 'text'),
+    _distilbert, _modernbert, _deberta, _mpnet)
+_encoders = (*_speech_encoders,*_text_encoders)
 
 # %% ../nbs/01a_families.ipynb #a0a2cc54
-_llamas = {'llama':'Llama', 'mistral':'Mistral', 'qwen2':'Qwen2', 'qwen3':'Qwen3', 'olmo2':'Olmo2',
-           'phi':'Phi', 'smollm3':'SmolLM3', 'granite':'Granite'}
+_llamas = {'llama':'Llama', 'mistral':'Mistral', 'qwen2':'Qwen2', 'qwen3':'Qwen3', 'olmo':'Olmo', 'olmo2':'Olmo2',
+           'phi':'Phi', 'phi3':'Phi3', 'smollm3':'SmolLM3', 'granite':'Granite', 'gemma':'Gemma',
+           'gemma2':'Gemma2', 'gemma3_text':'Gemma3Text', 'stablelm':'StableLm', 'starcoder2':'Starcoder2',
+           'cohere':'Cohere', 'mixtral':'Mixtral', 'qwen3_moe':'Qwen3Moe'}
+_gpts = {'gpt2':('GPT2','attn'), 'gptj':('GPTJ','attn'), 'gpt_neo':('GPTNeo','attn.attention'),
+         'falcon':('Falcon','self_attention')}
+_other_names = {'gpt2':'GPT2LMHeadModel', 'gemma3_text':'Gemma3ForCausalLM'} # of the language models
 
-def _like_llama(name, prefix):
+def _decoder(name, prefix, **places):
     heads = head_classes(prefix, 'decoder')
-    return Family(name, f'{prefix}Config', heads, layers='layers', attention='self_attn', causal=True)
+    if name in _other_names: heads['AutoModelForCausalLM'] = _other_names[name]
+    return Family(name, f'{prefix}Config', heads, causal=True, **places)
 
-_gpt2_heads = {**head_classes('GPT2', 'decoder'), 'AutoModelForCausalLM':'GPT2LMHeadModel'}
-_gpt2 = Family('gpt2', 'GPT2Config', _gpt2_heads, layers='h', attention='attn', causal=True)
-_decoders = (*(_like_llama(name, prefix) for name,prefix in _llamas.items()),_gpt2)
+_decoders = (*(_decoder(name, prefix, layers='layers', attention='self_attn') for name,prefix in _llamas.items()),
+             *(_decoder(name, prefix, layers='h', attention=path) for name,(prefix,path) in _gpts.items()),
+             _decoder('opt', 'OPT', layers='decoder.layers', attention='self_attn'))
 
 # %% ../nbs/01a_families.ipynb #c01a0021
-_whisper = Family(
-    'whisper', 'WhisperConfig',
-    dict(AutoModel='WhisperModel', AutoModelForSpeechSeq2Seq='WhisperForConditionalGeneration'),
-    layers='encoder.layers', attention='self_attn',
-    projections=('q_proj','k_proj','v_proj','out_proj'), dropout='attention_dropout')
+def _encoder_decoder(name, config, prefix, **heads):
+    heads = {'AutoModel':f'{prefix}Model', **heads}
+    return Family(name, config, heads, layers='encoder.layers', attention='self_attn', **_outputs)
+
+_whisper = _encoder_decoder('whisper', 'WhisperConfig', 'Whisper',
+                            AutoModelForSpeechSeq2Seq='WhisperForConditionalGeneration')
+_bart = _encoder_decoder('bart', 'BartConfig', 'Bart', AutoModelForSeq2SeqLM='BartForConditionalGeneration',
+                         AutoModelForSequenceClassification='BartForSequenceClassification')
+_patches = dict(projections=('q_proj','k_proj','v_proj','o_proj'), dropout='attention_probs_dropout_prob')
+_vit = Family('vit', 'ViTConfig', head_classes('ViT', 'image'), layers='layers', attention='attention', **_patches)
+_dinov2 = Family('dinov2', 'Dinov2Config', head_classes('Dinov2', 'image'), layers='encoder.layer',
+                 attention='attention', **_patches)
+_moonshine = Family('moonshine', 'MoonshineConfig',
+                    dict(AutoModel='MoonshineModel',
+                         AutoModelForSpeechSeq2Seq='MoonshineForConditionalGeneration'),
+                    layers='encoder.layers', attention='self_attn')
+_others = (_whisper, _moonshine, _bart, *([_vit,_dinov2] if _version>=(5,23) else [])) # their layers had other names
 
 # %% ../nbs/01a_families.ipynb #e5bd47a7
-for _family in (*_encoders,*_decoders,_whisper): register(_family)
+for _family in (*_encoders,*_decoders,*_others): register(_family)
+for _family in FAMILIES.values(): _family.checked = True
 
 def _register_heads(family, prefix, kind):
     "Register the models of a registered family that it does not have yet"
@@ -117,10 +162,3 @@ _register_heads('wav2vec2', 'Wav2Vec2', 'speech')
 _register_heads('roberta', 'Roberta', 'text')
 _register_heads('bert', 'Bert', 'text')
 _register_heads('gpt_neox', 'GPTNeoX', 'decoder')
-
-_writer = FAMILIES['whisper'].students[transformers.WhisperForConditionalGeneration]
-
-@patch
-def generate(self:_writer, *args, use_cache:bool=True, **kwargs):
-    "As in transformers, with the cache of the decoder, which is not converted"
-    return super(_writer, self).generate(*args, use_cache=use_cache, **kwargs)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Linear', 'Projections', 'DT', 'ATTENTION_STARTS', 'as_linear', 'head_size', 'repeat_heads', 'split_fused',
-           'attention_projections', 'start_linformer', 'attention_shape_args', 'set_memory', 'open_gate',
+           'split_rows', 'attention_projections', 'start_linformer', 'attention_shape_args', 'set_memory', 'open_gate',
            'copy_projections', 'copy_output', 'start_mamba2', 'start_mamba', 'init_args', 'start_from_attention',
            'start_of']
 
@@ -22,9 +22,10 @@ from .mixers import directions,LinformerProjection,Mamba2
 Linear = namedtuple('Linear', 'weight bias') # (out, in), (out,)
 Projections = namedtuple('Projections', 'q k v o') # four `Linear`; `o` is None if it is outside the module
 
-_names = dict(q=('q_proj','query','q_lin','linear_q'), k=('k_proj','key','k_lin','linear_k'),
-              v=('v_proj','value','v_lin','linear_v'),
-              o=('o_proj','out_proj','out_lin','linear_out','dense','c_proj'))
+_names = dict(q=('q_proj','query','q_lin','linear_q','query_proj'),
+              k=('k_proj','key','k_lin','linear_k','key_proj'),
+              v=('v_proj','value','v_lin','linear_v','value_proj'),
+              o=('o_proj','out_proj','out_lin','linear_out','dense','c_proj','Wo'))
 
 def as_linear(module)->Linear:
     "Weight and bias of a linear layer; zeros if it has no bias"
@@ -46,17 +47,25 @@ def repeat_heads(linear:Linear, heads:int, size:int)->Linear: # outputs: `heads`
     return Linear(*map(repeated, linear))
 
 # %% ../nbs/00h_init.ipynb #00f10007
+_blocks = ('c_attn','qkv_proj','Wqkv') # all queries, then all keys, then all values
+_groups = ('query_key_value',)         # for each head of keys its queries, its key, its value
+
 def split_fused(attention, config):
     "Query, key and value projections of a module that computes them in one layer; None without such a layer"
-    heads = config.num_attention_heads
-    if hasattr(attention, 'c_attn'): # queries of all heads, then keys, then values
-        split = [t.chunk(3) for t in as_linear(attention.c_attn)]
-        return [Linear(*parts) for parts in zip(*split)]
-    if hasattr(attention, 'query_key_value'): # query, key and value of each head
-        fused = as_linear(attention.query_key_value)
-        split = [t.unflatten(0, (heads,3,-1)).unbind(1) for t in fused]
-        flat = [[t.flatten(0,1) for t in parts] for parts in split]
-        return [Linear(*parts) for parts in zip(*flat)]
+    found = [n for n in (*_blocks,*_groups) if hasattr(attention, n)]
+    if not found: return None
+    fused = as_linear(getattr(attention, found[0]))
+    heads,size = config.num_attention_heads,head_size(config)
+    keys = (len(fused.weight)//size-heads)//2 # number of heads of keys
+    if found[0] in _blocks: return split_rows(fused, [heads*size, keys*size, keys*size])
+    groups = [t.unflatten(0, (keys, heads//keys+2, size)) for t in fused]
+    queries,key,value = zip(*((t[:,:-2].flatten(0,2), t[:,-2].flatten(0,1), t[:,-1].flatten(0,1))
+                              for t in groups))
+    return [Linear(*queries), Linear(*key), Linear(*value)]
+
+def split_rows(linear:Linear, sizes:list)->list:
+    "Layers with the given numbers of outputs"
+    return [Linear(*parts) for parts in zip(*(t.split(sizes) for t in linear))]
 
 def attention_projections(attention, config)->Projections: # `config` of its model
     "The projections of an attention module, for all heads; ValueError if their names are unknown"
