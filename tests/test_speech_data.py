@@ -306,3 +306,24 @@ def test_slurp_annotations(tmp_path):
         check_manifest(df[df.split=='dev'].head(5), 'intent')
     (tmp_path/'train.jsonl').write_text('')
     with pytest.raises(DataError, match='train.jsonl is empty'): read_slurp(tmp_path)
+
+# ---- manifests of a user
+
+def test_a_wav_file_that_was_cut_short_is_named(tone):
+    data = (tone/'ok.wav').read_bytes()
+    (tone/'part.wav').write_bytes(data[:len(data)//2])
+    (tone/'m.tsv').write_text('audio\ttext\tsplit\n'+''.join(f'{name}.wav\tgo\ttrain\n' for name in ('ok','part')))
+    with pytest.raises(DataError, match='row 3 .part.wav.: the file was cut short'): check_manifest(read_manifest(tone/'m.tsv'), 'asr')
+
+def test_any_word_is_an_intent(tone):
+    rows = [dict(audio='ok.wav', intent=i, split='train') for i in (0,'light_on','stop')]
+    (tone/'m.jsonl').write_text(''.join(json.dumps(r)+'\n' for r in rows))
+    df = read_manifest(tone/'m.jsonl')
+    assert df.scenario.tolist()==['0','light_on','stop'] and not any(df.action)
+    assert len(check_manifest(df, 'intent')[0])==3
+
+def test_an_intent_that_is_heard_once_stays_in_training(tone):
+    rows = [dict(audio='ok.wav', label='often') for _ in range(30)]+[dict(audio='ok.wav', label=f'once {i}') for i in range(10)]
+    (tone/'m.jsonl').write_text(''.join(json.dumps(r)+'\n' for r in rows))
+    df = read_manifest(tone/'m.jsonl')
+    assert set(df.split[df.scenario!='often'])=={'train'} and {'dev','test'}<=set(df.split)

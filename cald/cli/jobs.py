@@ -181,10 +181,7 @@ def with_dev(df:pd.DataFrame, classes:bool=True, # all labels of dev must be in 
              seed:int=0)->pd.DataFrame:
     "`df` with a tenth of its rows of train as dev, if it has none"
     if (df.split=='dev').any(): return df
-    df = move_rows(df, 'train', 'dev', max((df.split=='train').sum()//10, 1), seed)
-    if not classes: return df
-    lost = (df.split=='dev') & ~df.label.isin(df.label[df.split=='train'])
-    return df.assign(split=df.split.mask(lost, 'train'))
+    return move_rows(df, 'train', 'dev', max((df.split=='train').sum()//10, 1), seed, classes)
 
 def read_text_rows(files:dict, # split -> path
                    kind:Kind, labels:list=None, # of a trained head; None: those of train

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['MANIFEST_COLUMNS', 'NUMBERS', 'SPEECH_SPLITS', 'GENERATOR', 'VOCAB', 'SPEECH_LABELS', 'load_audio', 'manifest',
-           'split_at_random', 'check_columns', 'read_manifest', 'write_manifest', 'sha256_json', 'corpus_parameters',
-           'shard_job', 'fill_folder', 'generate', 'manifest_hash', 'cnn_frames', 'needed_frames', 'audio_problem',
-           'text_problem', 'label_problem', 'row_problem', 'train_labels', 'check_manifest', 'check_splits']
+           'split_at_random', 'keep_classes', 'check_columns', 'read_manifest', 'write_manifest', 'sha256_json',
+           'corpus_parameters', 'shard_job', 'fill_folder', 'generate', 'manifest_hash', 'cnn_frames', 'needed_frames',
+           'audio_problem', 'text_problem', 'label_problem', 'row_problem', 'train_labels', 'check_manifest',
+           'check_splits']
 
 # %% ../../nbs/04h_speech.ipynb #85871f01
 import csv
@@ -26,7 +27,7 @@ import soundfile as sf
 from . import tables
 from .tables import as_text,DataError,file_of,in_test_too,read_rows,refuse
 from .commands import INTENTS,plan_recordings,SLOTS,SPLIT_SIZES,voices_of
-from .voices import Espeak,run_jobs,SAMPLE_RATE,to_rate,VOICES
+from .voices import cut_short,Espeak,run_jobs,SAMPLE_RATE,to_rate,VOICES
 
 # %% ../../nbs/04h_speech.ipynb #6b19cb31
 def load_audio(path,
@@ -69,6 +70,13 @@ def split_at_random(n:int, seed:int=0)->list:
     splits[order[tenth:2*tenth]] = 'test'
     return list(splits)
 
+def keep_classes(df)->pd.Series: # the splits of a manifest
+    "`df.split`, with intents (without them and without texts, speakers) that train lacks moved to train"
+    columns = ['scenario','action'] if any(df.scenario) else [] if any(df.text) else ['speaker']
+    split = df.split
+    for c in columns: split = split.mask(~df[c].isin(df[c][split=='train']), 'train')
+    return split
+
 def check_columns(rows:list, path)->set: # the columns
     "Raise DataError if the manifest `rows` of file `path` are empty or lack a column"
     if not rows: raise DataError(f"{path} has no rows")
@@ -96,7 +104,7 @@ def read_manifest(path,                  # .tsv, .csv or .jsonl, or .gz of one
         if prepare and r.get('text'): r['text'] = prepare(str(r['text']))
     df = manifest(rows)
     if 'split' in columns: df['split'] = [SPEECH_SPLITS.get(s.lower(), s) for s in df.split]
-    else: df['split'] = split_at_random(len(df))
+    else: df['split'] = keep_classes(df.assign(split=split_at_random(len(df))))
     stems = [Path(a).stem for a in df.audio]
     df['id'] = [name or f'{stems[i]}-{i}' for i,name in enumerate(df.id)]
     return df
@@ -202,6 +210,7 @@ def audio_problem(r,              # a row of a manifest
         start = 0. if r.start!=r.start else r.start
         stop = seconds if r.stop!=r.stop else r.stop
         if seconds==0: return 'the file holds no samples',0
+        if cut_short(r.audio): return 'the file was cut short: its header promises more',0
         if not 0<=start<stop: return f'start {start:g} s is not before stop {stop:g} s',0
         if stop>seconds+.1: return f'the row ends at {stop:g} s, the file at {seconds:g} s',0
         if not read: return None,round((min(stop, seconds)-start)*SAMPLE_RATE)

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['PAIR_COLUMNS', 'SINGLE_COLUMNS', 'LABEL_COLUMNS', 'HAS_PAIRS', 'SPLIT_FILE', 'GLUE', 'HUB', 'TEXT_COLUMNS',
            'read_table', 'find_columns', 'suggest_columns', 'string_column', 'set_problem', 'tidy', 'find_file_sets',
-           'split_files', 'read_reviews', 'read_folder', 'read_hub', 'stratified', 'text_keys', 'move_rows',
-           'make_splits', 'problems_across_rows', 'check_text_rows', 'text_hash', 'limit_rows', 'read_text_task']
+           'split_files', 'read_reviews', 'is_imdb', 'in_glue', 'read_folder', 'read_hub', 'stratified', 'text_keys',
+           'move_rows', 'make_splits', 'problems_across_rows', 'check_text_rows', 'text_hash', 'limit_rows',
+           'read_text_task']
 
 # %% ../../nbs/04d_text.ipynb #5ef31c0f
 import hashlib,re
@@ -131,11 +132,13 @@ def read_reviews(folder, task:str)->pd.DataFrame:
         frames.append(tidy(rows, task, Path(folder)/split, split))
     return pd.concat(frames, ignore_index=True)
 
+def is_imdb(folder)->bool: return (Path(folder)/'train'/'pos').is_dir()
+def in_glue(folder, task)->bool: return task in GLUE and (Path(folder)/GLUE[task]).is_dir()
+
 def read_folder(folder, task:str, files:str='')->pd.DataFrame:
     "The rows of a folder with a file for each split, of GLUE's folder, or of IMDB in its original layout"
-    folder = Path(folder)
-    if task in GLUE and (folder/GLUE[task]).is_dir(): folder = folder/GLUE[task]
-    if (folder/'train'/'pos').is_dir(): return read_reviews(folder, task)
+    folder = Path(folder)/GLUE[task] if in_glue(folder, task) else Path(folder)
+    if is_imdb(folder): return read_reviews(folder, task)
     frames = {s: tidy(read_table(p), task, p, s) for s,p in split_files(folder, files).items()}
     for split,df in list(frames.items()):
         if df.label.notna().any(): continue
@@ -158,8 +161,7 @@ def read_hub(task:str)->pd.DataFrame:
                         'download it elsewhere and give its folder as `data`') from e
     frames = []
     for split,ds in loaded.items():
-        if split not in SPLITS: continue                        # IMDB's `unsupervised`
-        if set(ds.unique('label'))<={-1,None}: continue         # labels that are not public
+        if split not in SPLITS or set(ds.unique('label'))<={-1,None}: continue # unsupervised, or no labels
         classes = getattr(ds.features['label'], 'names', None)
         rows = []
         for i,row in enumerate(ds):
@@ -172,23 +174,22 @@ def read_hub(task:str)->pd.DataFrame:
 def stratified(labels, n:int, seed:int=0)->np.ndarray: # sorted positions
     "`n` random positions of `labels`, each class in its proportion"
     labels = np.asarray(labels, dtype=str)
+    if not n: return np.zeros(0, int)
     order = np.random.default_rng(seed).permutation(len(labels))
     order = order[np.argsort(labels[order], kind='stable')] # by class, at random within each
-    if not n: return order[:0]
-    every = np.floor((np.arange(n)+.5)*len(order)/n).astype(int)
-    return np.sort(order[every])
+    return np.sort(order[np.floor((np.arange(n)+.5)*len(order)/n).astype(int)])
 
 def text_keys(df:pd.DataFrame)->pd.Series:
     "One string per row for its text or its pair of texts"
     return df.text+'\0'+df.text_b.fillna('')
 
-def move_rows(df:pd.DataFrame, split:str, to:str, n:int, seed:int)->pd.DataFrame:
-    "`df` with `n` rows of `split` (at most half of them) and all rows of the same texts moved to `to`"
+def move_rows(df:pd.DataFrame, split:str, to:str, n:int, seed:int, classes:bool=True)->pd.DataFrame:
+    "`df` with `n` rows of `split` (at most half) and all of the same texts in `to`; no class leaves `split`"
     idx = df.index[df.split==split]
-    n = min(n, len(idx)//2)
     keys = text_keys(df)
-    chosen = keys[idx[stratified(df.label[idx], n, seed)]]
+    chosen = keys[idx[stratified(df.label[idx], min(n, len(idx)//2), seed)]]
     moved = (df.split==split)&keys.isin(chosen)
+    if classes: moved &= df.label.isin(df.label[(df.split==split)&~moved])
     return df.assign(split=df.split.mask(moved, to))
 
 def make_splits(df:pd.DataFrame, where, seed:int=0)->pd.DataFrame:
@@ -248,8 +249,7 @@ TEXT_COLUMNS = ['text','text_b','label','split']
 def text_hash(df:pd.DataFrame)->str:
     "sha256 of the texts, labels and splits of `df`, in their order"
     h = hashlib.sha256()
-    columns = [df[c].fillna('') for c in TEXT_COLUMNS]
-    for row in zip(*columns): h.update('\x1f'.join(row).encode()+b'\x1e')
+    for row in zip(*(df[c].fillna('') for c in TEXT_COLUMNS)): h.update('\x1f'.join(row).encode()+b'\x1e')
     return h.hexdigest()
 
 def limit_rows(df:pd.DataFrame, max_train:int=None, max_eval:int=None, seed:int=0)->pd.DataFrame:
@@ -270,15 +270,15 @@ def limit_rows(df:pd.DataFrame, max_train:int=None, max_eval:int=None, seed:int=
 def _from_path(path, task:str, files:str, drop:bool, seed:int)->tuple: # frame, name
     path = Path(path).expanduser()
     if not path.exists(): raise FileNotFoundError(f'data for the task {task}: {path} does not exist')
-    if files and not path.is_dir():
-        raise DataError(f'{path} is a file: `files` chooses among the sets of a folder')
+    if files and path.is_file(): raise DataError(f'{path} is a file: `files` chooses in a folder')
     df = read_folder(path, task, files) if path.is_dir() else tidy(read_table(path), task, path)
     if df.label.isna().all(): raise DataError(f"{path}: no column {' or '.join(LABEL_COLUMNS)}")
-    return check_text_rows(df, task, path, seed, drop), path.name
+    published = is_imdb(path) or in_glue(path, task) # as from the hub, texts may be in two splits
+    return check_text_rows(df, task, path, seed, drop, published), path.name
 
 def _from_hub(task:str, drop:bool, seed:int)->tuple: # frame, name
-    df = check_text_rows(read_hub(task), task, HUB[task][0], seed, drop, keep=True)
-    return df, '/'.join(filter(None, HUB[task]))
+    name = '/'.join(filter(None, HUB[task]))
+    return check_text_rows(read_hub(task), task, HUB[task][0], seed, drop, keep=True), name
 
 def read_text_task(path,             # a file, a folder, 'hub', or '': the stand-in (at scale paper the hub)
                    task:str,         # 'qnli', 'qqp', 'sst2' or 'imdb'

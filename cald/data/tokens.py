@@ -287,9 +287,10 @@ def train_bpe(texts, kind:str, vocab:int)->ByteLevelBPETokenizer:
     bpe.train_from_iterator(texts, vocab_size=vocab, special_tokens=SPECIAL[kind], show_progress=False)
     return bpe
 
-def save_tokenizer(bpe, kind:str, folder):
+def save_tokenizer(bpe, kind:str, folder, length:int=None): # most tokens of a text; None: no limit
     "Save `bpe` as the tokenizer of `kind` in Transformers; RoBERTa's marks where texts begin and end"
     merges = [tuple(m) for m in json.loads(bpe.to_str())['model']['merges']]
-    padding = dict(pad_token='<|padding|>') if kind=='gpt_neox' else {}
+    options = dict(pad_token='<|padding|>') if kind=='gpt_neox' else {}
+    if length: options['model_max_length'] = length
     cls = RobertaTokenizer if kind=='roberta' else GPTNeoXTokenizer
-    cls(vocab=bpe.get_vocab(), merges=merges, **padding).save_pretrained(folder)
+    cls(vocab=bpe.get_vocab(), merges=merges, **options).save_pretrained(folder)
