@@ -6,6 +6,7 @@
 __all__ = ['by_item', 'count_items', 'Distiller', 'find_snapshots', 'ProgressLines', 'seed_all']
 
 # %% ../nbs/03_distill.ipynb #01be73c2
+import logging
 from pathlib import Path
 
 import torch
@@ -62,6 +63,7 @@ class Distiller(ResumableTrainer):
         self._loss_sums = {}  # name -> sum over the steps since the last log
         self._loss_steps = {} # name -> number of these steps that had it
         self._shares = []     # of each micro-batch in the step, with `task_sum`
+        self._skipped_step = False
 
 # %% ../nbs/03_distill.ipynb #a3d0c013
 @patch
@@ -170,6 +172,7 @@ def _add_up(self:Distiller, losses):
 def check_finite(self:Distiller)->bool:
     "Check the step as `ResumableTrainer` does; add its losses to the sums for the log if it is made"
     finite = ResumableTrainer.check_finite(self)
+    self._skipped_step = not finite
     if finite:
         for k,v in self.step_losses.items():
             self._loss_sums[k] = self._loss_sums.get(k, 0)+v
@@ -178,9 +181,19 @@ def check_finite(self:Distiller)->bool:
     return finite
 
 @patch
+def _update_guidance(self:Distiller):
+    "Move the teacher; with nonfinite='skip' it stays if the step was skipped or its own gradient is not finite"
+    if self._skipped_step: return self.guidance.discard()
+    try: self.guidance.update(self.state.global_step)
+    except FloatingPointError as e:
+        if self.nonfinite=='raise': raise
+        logging.getLogger('cald').warning(f'step {self.state.global_step}: the teacher is not updated: {e}')
+        self.guidance.discard()
+
+@patch
 def end_step(self:Distiller, control):
     "After a step of the optimizer: move the teacher, then save and stop as `ResumableTrainer` does"
-    self.guidance.update(self.state.global_step)
+    self._update_guidance()
     if self.freeze: self._freeze_transferred()
     ResumableTrainer.end_step(self, control)
 

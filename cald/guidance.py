@@ -29,6 +29,8 @@ class Guidance:
         "Return the output of this step's teacher for `batch`"
     def update(self, step:int):
         "Called after each optimizer step of the student; `step` steps are done"
+    def discard(self):
+        "Called instead of `update` after a step that is skipped"
     def to(self, device):
         "Move the teacher to `device`, now or as soon as it exists"
         self.device = torch.device(device)
@@ -128,9 +130,12 @@ def setup(self:Trajectory, total_steps):
     self.teacher = copy.deepcopy(self.source).to(self.device)
     self.updates = self.micro_batches = 0
     self._loss_sum,self._loss_count = 0.,0
+    self._step_losses = [] # of the micro-batches since the last update
     n = self.schedule_steps or max(total_steps//self.every, 1)
     warmup = round(self.warmup*n) if isinstance(self.warmup, float) else self.warmup
     ps = [p for p in self.teacher.parameters() if p.requires_grad]
+    if not ps: raise ValueError('Trajectory trains its teacher, but all weights of this one are frozen: '
+                                'call teacher.requires_grad_(True)')
     self.opt = torch.optim.AdamW(ps, lr=self.lr, betas=(0.9,0.999), eps=1e-8, weight_decay=self.weight_decay)
     self.sched = get_scheduler(self.schedule, self.opt, num_warmup_steps=warmup, num_training_steps=n)
 
@@ -146,8 +151,7 @@ def teacher_forward(self:Trajectory, batch, step):
     clean = run_teacher(self.teacher, batch, logits=logits) if self.own_forward else None
     out,loss = train_teacher(self.teacher, batch, self.task_loss, self.train_mode, key)
     self.micro_batches += 1
-    self._loss_sum = self._loss_sum+loss
-    self._loss_count += 1
+    self._step_losses.append(loss)
     return clean or out
 
 # %% ../nbs/02_guidance.ipynb #5c81935e
@@ -162,9 +166,18 @@ def update(self:Trajectory, step):
     if self.clip: torch._foreach_mul_(grads, (self.clip/(norm+1e-6)).clamp(max=1))
     self.opt.step()
     self.sched.step()
-    self.opt.zero_grad()
     self.updates += 1
+    self._loss_sum = self._loss_sum+sum(self._step_losses)
+    self._loss_count += len(self._step_losses)
+    self.discard()
+
+@patch
+def discard(self:Trajectory):
+    "Forget the gradient and the losses since the last update"
+    if self.teacher is None: return
+    self.opt.zero_grad()
     self.micro_batches = 0
+    self._step_losses = []
 
 # %% ../nbs/02_guidance.ipynb #07a1ff95
 @patch
@@ -274,7 +287,7 @@ class Hybrid(Guidance):
     def update(self, step):
         self.inner.update(step)
         self.switch(step)
-
+    def discard(self): self.inner.discard()
 
 # %% ../nbs/02_guidance.ipynb #8596a7b9
 @patch

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel,Trainer,TrainerCallback
 from transformers.utils import logging as hf_logging
 from .files import check_name
 from .resume import (checkpoint_problem,delete_checkpoint,EpochSampler,last_checkpoint,list_checkpoints,
-                         load_state,save_state,SeededBatches,write_checkpoint_manifest)
+                         load_state,numbered_folders,save_state,SeededBatches,write_checkpoint_manifest)
 _log = logging.getLogger('cald')
 
 # %% ../nbs/02a_trainer.ipynb #a242d265
@@ -57,6 +57,9 @@ class _Hooks(TrainerCallback):
     def on_epoch_begin(self, args, state, control, **kwargs): self.trainer.begin_epoch()
     def on_pre_optimizer_step(self, args, state, control, **kwargs): self.trainer.check_finite()
     def on_step_end(self, args, state, control, **kwargs): self.trainer.end_step(control)
+    def on_epoch_end(self, args, state, control, **kwargs):
+        if self.trainer._stopped and state.epoch%1: # Trainer evaluates and saves here, as if the epoch were over
+            control.should_evaluate = control.should_save = False
 
 @contextmanager
 def _finish_step_on_interrupt(trainer):
@@ -183,8 +186,7 @@ def save_snapshot(self:ResumableTrainer, step:int):
 
 def find_snapshots(folder)->list: # of (step, folder)
     "The snapshots that a run left in `folder`, earliest first"
-    found = [(p.name.split('-')[1],p) for p in Path(folder).glob('snapshot-*')]
-    return sorted((int(step),p) for step,p in found if step.isdigit())
+    return numbered_folders(folder, 'snapshot')
 
 # %% ../nbs/02a_trainer.ipynb #7d1c02b5
 @patch
@@ -226,22 +228,27 @@ def get_decay_parameter_names(self:ResumableTrainer, model):
 def _save_checkpoint(self:ResumableTrainer, model, trial=None):
     "Save Trainer's checkpoint, `training_state` and the manifest; then delete older checkpoints"
     folder = Path(self._get_output_dir(trial=trial))/f'checkpoint-{self.state.global_step}'
+    self.check_weights()
     main_process = self.args.should_save
-    limit = self.args.save_total_limit
     if main_process and folder.exists(): delete_checkpoint(folder)
     self.accelerator.wait_for_everyone()
-    self.args.save_total_limit = None # else Trainer deletes older ones before this one is complete
-    try:
-        with _no_progress_bars(): Trainer._save_checkpoint(self, model, trial)
-    finally: self.args.save_total_limit = limit
+    with _no_progress_bars(): Trainer._save_checkpoint(self, model, trial)
     if main_process: save_state(folder/self.state_file, self.training_state())
     self.accelerator.wait_for_everyone()
     if not main_process: return
     write_checkpoint_manifest(folder)
     best = self.state.best_model_checkpoint
     old = [p for p in list_checkpoints(folder.parent) if p!=folder and not (best and p.samefile(best))]
-    surplus = max(len(old)+1-limit, 0) if limit else 0
+    surplus = max(len(old)+1-self._limit, 0) if self._limit else 0
     for p in old[:surplus]: delete_checkpoint(p)
+
+@patch
+def check_weights(self:ResumableTrainer):
+    "Raise FloatingPointError if a weight is not finite: neither checkpoint nor result may hold it"
+    for name,p in self.model.named_parameters():
+        if torch.isfinite(p).all(): continue
+        raise FloatingPointError(f'step {self.state.global_step}: {name} has values that are not finite; '
+                                 'nothing was saved since')
 
 @patch
 def _save(self:ResumableTrainer, output_dir=None, state_dict=None):
@@ -282,6 +289,18 @@ def _checkpoint_to_resume(self:ResumableTrainer, requested, resume:bool): # None
     if newest: _log.warning(f'{newest} is from an earlier run; without resume=True training restarts')
 
 @patch
+def _check_result(self:ResumableTrainer):
+    "Raise FloatingPointError if nothing was learned; of a finished run keep the best checkpoint if one is kept"
+    self.check_weights()
+    if self.skipped and self.skipped==self.state.global_step:
+        raise FloatingPointError(f'all {self.skipped} steps were skipped: no loss and gradient was finite')
+    best = self.state.best_model_checkpoint
+    finished = self.state.global_step>=self.state.max_steps
+    if not finished or self._limit!=1 or not best or not self.args.should_save: return
+    for p in list_checkpoints(self.args.output_dir):
+        if not p.samefile(best): delete_checkpoint(p)
+
+@patch
 def train(self:ResumableTrainer,
           resume_from_checkpoint=None, # folder of a checkpoint, or True for the newest complete one
           trial=None, ignore_keys_for_eval=None,
@@ -291,8 +310,13 @@ def train(self:ResumableTrainer,
     folder = self._checkpoint_to_resume(resume_from_checkpoint or None, resume)
     self._resume = folder and Path(folder)
     self._stopped = False
-    with _finish_step_on_interrupt(self):
-        result = Trainer.train(self, folder and str(folder), trial, ignore_keys_for_eval)
+    self._limit = self.args.save_total_limit
+    self.args.save_total_limit = None # Trainer deletes checkpoints too early: before the next is complete,
+    try:                              # and at the end also those of a run that is not finished
+        with _finish_step_on_interrupt(self):
+            result = Trainer.train(self, folder and str(folder), trial, ignore_keys_for_eval)
+    finally: self.args.save_total_limit = self._limit
+    self._check_result()
     if self._stopped:
         step = self.state.global_step
         raise KeyboardInterrupt(f'stopped after step {step} of {self.state.max_steps}; the checkpoint is in '

@@ -22,7 +22,7 @@ from ..convert import convert
 from ..files import read_json,write_atomic,write_json
 import cald.models as models
 from ..models import FAMILIES
-from ..pretrained import load_pretrained,quietly
+from ..pretrained import load_pretrained,quietly,weight_files
 
 # %% ../../nbs/11b_folders.ipynb #0e8becb9
 HISTORY = 'cald_history.json'
@@ -186,6 +186,5 @@ def describe(folder)->dict:
         sizes = {n: p.numel() for n,p in model.named_parameters()}
         new = sum(sizes[n] for n in set(model.new_weights())) if spec else 0
         found |= dict(parameters=sum(sizes.values()), new=new)
-    files = Path(path).glob('*.safetensors') if Path(path).is_dir() else ()
-    megabytes = sum(f.stat().st_size for f in files)/2**20
+    megabytes = sum(f.stat().st_size for f in weight_files(path))/2**20
     return dict(found, megabytes=round(megabytes, 1), history=read_history(path))

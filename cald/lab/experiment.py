@@ -29,7 +29,6 @@ from .recipe import (FirstEstimate,LogTo,MODES,Recipe,TableDistiller,chance_scor
 from .results import format_table,summarise
 from .store import Store
 from ..losses import loss_preset
-from ..resume import delete_checkpoint,list_checkpoints
 
 # %% ../../nbs/03g_experiment.ipynb #f8e72485
 @dataclass(frozen=True)
@@ -175,7 +174,6 @@ def train_cell(self:Experiment, c, run, data, store)->dict:
     result |= self.judge(model, sets['test'])
     if task.higher: result['chance'] = chance_score(sets['test'])
     save_model(model, run.folder/'model')
-    for checkpoint in list_checkpoints(run.folder/'train'): delete_checkpoint(checkpoint)
     return result
 
 # %% ../../nbs/03g_experiment.ipynb #d9aa6560

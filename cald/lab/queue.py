@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['format_minutes', 'estimate', 'warn_stale', 'begin_run', 'end_progress', 'log_progress', 'broadcast', 'is_ready',
-           'longest_first', 'train_missing', 'default_workers', 'helper_processes']
+           'clear_checkpoints', 'longest_first', 'train_missing', 'default_workers', 'helper_processes']
 
 # %% ../../nbs/03c_queue.ipynb #1b1ea97f
 import json,os,subprocess,sys,time
@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from ..files import to_plain
 from .store import is_main,result_row
+from ..resume import delete_checkpoint,list_checkpoints
 
 # %% ../../nbs/03c_queue.ipynb #91f973b3
 def format_minutes(m)->str: # None if unknown
@@ -86,6 +87,11 @@ def is_ready(run, after, run_of, needed, keys)->bool:
         raise RuntimeError(f'{run.cell} needs {r.cell}, which is not among the cells')
     return not first
 
+def clear_checkpoints(run):
+    "Delete the checkpoints of `run` if it is done: not before, because a killed process still needs them"
+    if not (is_main() and run.done): return
+    for checkpoint in list_checkpoints(run.folder/'train'): delete_checkpoint(checkpoint)
+
 def longest_first(todo, runs, done)->list:
     "`todo`, indices of `runs`, by estimated time; runs without an estimate keep their order at the end"
     return sorted(todo, key=lambda i: -(estimate([runs[i]], done) or 0))
@@ -122,6 +128,7 @@ def train_missing(cells, fn, store, data, # hash of the data of a run, or a dict
                 if is_main(): begin_run(r, store, bar, missing, stale(r), workers)
                 result = fn(r.cell, r)
                 if result is not None: r.finish(result)
+                clear_checkpoints(r)
                 if not broadcast(r.done): raise RuntimeError(f'{r.cell} has no result: `fn` must return one')
         finally:
             if is_main(): r.release()

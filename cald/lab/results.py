@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['Interval', 'mean_ci', 'summarise', 'format_table', 'to_markdown', 'without_folders', 'unique_values', 'provenance',
            'reason_to_keep', 'write_result', 'write_table', 'write_figure', 'result_name', 'join_names', 'seeds_note',
-           'compare_with_committed', 'has_type', 'parameter_problem', 'check_parameters', 'paper_numbers']
+           'compare_with_committed', 'has_type', 'parameter_problem', 'folder_problem', 'check_parameters',
+           'paper_numbers']
 
 # %% ../../nbs/03d_results.ipynb #1b1ea97f
 import hashlib
@@ -124,6 +125,7 @@ def reason_to_keep(old, new):
 def write_result(name, csv, files, results, out, params=None, force=False)->list:
     "Write frame `csv`, `files` (ending -> content) and the provenance to `out`, and return the paths"
     out = Path(out)
+    if Path(name).name!=name: raise ValueError(f'{name!r} is no name of a result: give one without folders')
     new = provenance(results, params)
     if out.name=='paper_figures' and not all(SCALES[s].publish for s in new['scale']):
         raise ValueError(f"{name} was made at scale {new['scale']}: it is never written to {out.name}/")
@@ -209,11 +211,14 @@ def parameter_problem(name:str, v)->str:
     if name in lists and not v: return 'give at least one'
     if name=='seeds' and (len(set(v))<len(v) or min(v)<0): return 'give different ones, from 0 on'
     if isinstance(v, (int,float)) and v<(-1 if name=='train_rows' else 0): return 'it cannot be negative'
-    if name in ('out','runs') and v:
-        path = Path(v).absolute()
-        folder = next(p for p in (path, *path.parents) if p.exists())
-        if not folder.is_dir() or not os.access(folder, os.W_OK): return f'cannot write to {folder}'
-    return ''
+    if name=='table' and v and Path(v).name!=v: return 'give a name without folders'
+    return folder_problem(Path(v).expanduser()) if name in ('out','runs') and v else ''
+
+def folder_problem(path:Path)->str:
+    "'' if `path` can be written, or made"
+    path = path.absolute()
+    folder = next(p for p in (path, *path.parents) if p.exists())
+    return '' if folder.is_dir() and os.access(folder, os.W_OK) else f'cannot write to {folder}'
 
 def check_parameters(ns, before, # `dict(globals())` from before the parameters cell
                     )->dict:
@@ -228,6 +233,9 @@ def check_parameters(ns, before, # `dict(globals())` from before the parameters 
             name = t.__name__ if not typing.get_args(t) else f"{t}, as in papermill -y '{k}: [0, 1]'"
             raise ValueError(f'parameter {k} must be {name}; it is {type(v).__name__} {v!r}')
         if problem := parameter_problem(k, v): raise ValueError(f'parameter {k} is {v!r}: {problem}')
+    if 'out' in known and not ns['out']: # a default
+        problem = folder_problem(out_folder('', ns.get('scale', 'demo')))
+        if problem: raise ValueError(f'results go to a folder by default, but {problem}: give `out`')
     return {k:ns[k] for k in known}
 
 # %% ../../nbs/03d_results.ipynb #ef7c203a

@@ -99,9 +99,9 @@ def is_main()->bool:
     return int(os.environ.get('RANK', 0))==0
 
 def out_folder(out='', scale='demo')->Path:
-    "Folder `out` of the project, else `CALD_OUT`, else `paper_figures/`; unpublished scales: among the runs"
+    "Folder `out`, else `CALD_OUT`, else the project's `paper_figures/`; unpublished scales: among the runs"
     root = project_folder() or Path.cwd()
-    if out: return root/Path(out).expanduser()
+    if out: return Path(out).expanduser().absolute()
     if os.environ.get('CALD_OUT'): return Path(os.environ['CALD_OUT'])
     published = SCALES[check_name(scale, SCALES, 'scale')].publish
     return root/'paper_figures' if published else runs_folder()/scale
@@ -119,6 +119,7 @@ class Run:
         self.config = config
         self.code = code or {}
         self.session = None
+        self.lock = None # while this object holds the run
         self.cell = cell_of(config)
         self.settings = config['settings']
         self.key = config['key']
@@ -187,20 +188,24 @@ def finish(self:Run, result):
 @patch
 def acquire(self:Run)->bool:
     "Take the run for this process; False while another has it. The lock of a killed process is free at once"
+    if self.lock: return True
     self.folder.mkdir(parents=True, exist_ok=True)
-    self.lock = FileLock(self.folder/'lock')
-    try: self.lock.acquire(timeout=0)
+    lock = FileLock(self.folder/'lock')
+    try: lock.acquire(timeout=0)
     except Timeout: return False
+    self.lock = lock
     return True
 
 @patch
-def release(self:Run): self.lock.release()
+def release(self:Run):
+    self.lock.release()
+    self.lock = None
 
 @patch
 def owner(self:Run):
     "The process that works on the run now, or None"
     if not (self.folder/'lock').exists(): return None
-    if self.acquire(): return self.release()
+    if not self.lock and self.acquire(): return self.release()
     return 'process {pid} on {host}'.format(**(self.sessions or [dict(pid='?', host='?')])[-1])
 
 # %% ../../nbs/03b_store.ipynb #dbeac720
@@ -230,7 +235,7 @@ def reset(self:Run):
 class Store:
     "All runs, each in a folder below `root`; a result depends on the code of `modules` (names)"
     def __init__(self, root=None, modules=()):
-        self.root = Path(root or runs_folder()).absolute()
+        self.root = Path(root or runs_folder()).expanduser().absolute()
         self.code = fingerprint(modules)
         missing = [m for m,h in self.code.items() if h is None]
         if missing: raise ValueError(f'no such modules: {missing}')
@@ -248,8 +253,16 @@ class Store:
         return self.run(cell_of(record), record['data'])
 
     def runs(self)->list:
-        "Every run that was ever started here"
-        return [Run(f.parent, read_json(f), self.code) for f in sorted(self.root.glob('*/config.json'))]
+        "Every run that was ever started here; a folder that holds something else is named and left out"
+        found = []
+        for file in sorted(self.root.glob('*/config.json')):
+            try:
+                run = Run(file.parent, read_json(file), self.code)
+                if run.done and 'seconds' not in run.record: raise ValueError(f'{run.folder} has no seconds')
+                found.append(run)
+            except (ValueError,KeyError,TypeError,AttributeError) as e:
+                print(f'{file.parent} is left out: it is no run that can be read ({type(e).__name__}: {e})')
+        return found
 
 # %% ../../nbs/03b_store.ipynb #e08e1ca8
 def result_row(run)->dict:

@@ -18,7 +18,7 @@ from ..files import digest,hash_files
 from ..lab.experiment import Experiment,STARTED,Task
 from ..lab.grid import cell,scale_settings,settings
 from ..lab.recipe import Recipe
-from ..pretrained import find_source,load_pretrained
+from ..pretrained import find_source,load_pretrained,weight_files
 from ..tasks.lm import (check_lm_rows,collate_rows,evaluate_lm,lm_config,load_lm,next_token_loss,
                            read_lm_rows,Rows)
 
@@ -129,7 +129,7 @@ def _epochs(r:LmRecipe, rows:int)->float: return r.steps_student*r.batch*r.accum
 def _source_hash(source:str)->str:
     "Hash of the files of `source`; its name where it is not a folder"
     path = Path(find_source(source))
-    return hash_files(*path.glob('*.safetensors'), path/'config.json') if path.exists() else source
+    return hash_files(*weight_files(path), path/'config.json') if path.exists() else source
 
 # %% ../../nbs/07_lm.ipynb #95f3c050
 @torch.no_grad()

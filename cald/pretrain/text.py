@@ -200,7 +200,7 @@ def ship_text(net:nn.Module, bpe, r:TextSource, train:TokenCorpus, held:TokenCor
     "`ship` the result of `pretrain_text`"
     def save(part):
         net.net.save_pretrained(part)
-        save_tokenizer(bpe, r.kind, part)
+        save_tokenizer(bpe, r.kind, part, 512)
     return ship(save, r, net.net.num_parameters(), train, held, run, folder)
 
 def make_text_source(r:TextSource, run:Path, folder:Path, cache, **more)->Path:

@@ -30,7 +30,7 @@ from ..data.speech import (check_manifest,check_splits,cnn_frames,generate,manif
 from ..data.voices import SAMPLE_RATE
 from ..files import check_name,digest,hash_files,write_atomic
 from ..lab.experiment import Task
-from ..pretrained import find_source,load_pretrained
+from ..pretrained import find_source,load_pretrained,weight_files
 from .front_end import cached_frames,frame_count,read_audio,take_frames
 
 # %% ../../nbs/04k_speech_tasks.ipynb #b589d9a8
@@ -270,7 +270,7 @@ def corpus_hash(df, source:str)->str:
     "A hash of the labels and audio files of `df` and of the weights of `source`"
     path = Path(find_source(source))
     audio = sorted(set(df.audio[df.audio.map(os.path.isfile)]))
-    files = hash_files(*audio, *path.glob('*.safetensors'))
+    files = hash_files(*audio, *weight_files(path))
     return digest([manifest_hash(df), files, '' if path.exists() else source])
 
 # %% ../../nbs/04k_speech_tasks.ipynb #04a0000c

@@ -21,7 +21,7 @@ from ..data.docs import read_docs,SMALL
 from ..data.tokens import save_tokenizer,train_bpe
 from ..distill import seed_all
 from ..files import digest,hash_files
-from ..pretrained import find_text_source,load_pretrained
+from ..pretrained import find_text_source,load_pretrained,weight_files
 
 # %% ../../nbs/04m_text_tasks.ipynb #b8dc756b
 def read_config(source:str, **changes): # fields of the configuration to change
@@ -90,7 +90,7 @@ class TextData:
         self.ids = encoded['input_ids']
         self.types = encoded.get('token_type_ids')
         path = Path(find_text_source(source))
-        weights = hash_files(*path.glob('*.safetensors')) if path.exists() else source
+        weights = hash_files(*weight_files(path)) if path.exists() else source
         self.hash = digest([df.attrs['hash'], self.ids[:50], length, weights])
 
     def item(self, i:int)->dict:

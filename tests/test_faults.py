@@ -1,0 +1,223 @@
+"Faults that are injected: interruptions, damaged files, numbers that are not finite, foreign folders"
+import json, logging, os, shutil
+from pathlib import Path
+
+import pandas as pd
+import pytest, torch
+from transformers import AutoTokenizer,TrainerCallback
+
+from cald.distill import find_snapshots
+from cald.files import write_json
+from cald.guidance import Hybrid,load_snapshot,Target,Trajectory,Unguided
+from cald.lab.grid import cell
+from cald.lab.queue import train_missing
+from cald.lab.results import check_parameters,write_table
+from cald.lab.store import out_folder,Store
+from cald.pretrained import shipped,weight_files
+from cald.resume import checkpoint_problem,delete_checkpoint,last_checkpoint,list_checkpoints,MANIFEST
+from cald.tasks.text import TextData
+from test_distill import distiller,same,speech,utterances
+
+pytestmark = pytest.mark.faults
+
+class At(TrainerCallback):
+    "Call `action(trainer's control)` at the end of `step`"
+    def __init__(self, step, action): self.step,self.action = step,action
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step==self.step: self.action(control)
+
+def interrupted(folder, step, **kw):
+    "A run that gets Ctrl-C in `step`, and the message that it ends with"
+    d = distiller(folder, Unguided(), **kw)
+    d.add_callback(At(step-1, lambda control: setattr(d, '_stopped', True)))
+    with pytest.raises(KeyboardInterrupt) as stopped: d.train()
+    return d,str(stopped.value)
+
+# interruption
+
+best = dict(eval_dataset=utterances(4), eval_strategy='steps', save_strategy='steps', eval_steps=2, save_steps=2,
+            load_best_model_at_end=True, save_total_limit=1)
+
+def test_the_announced_checkpoint_is_kept_if_only_the_best_is_wanted(tmp_path):
+    _,message = interrupted(tmp_path/'cut', 5, **best)
+    assert 'stopped after step 5 of 8' in message and last_checkpoint(tmp_path/'cut').name=='checkpoint-5'
+    again = distiller(tmp_path/'cut', Unguided(), **best)
+    again.train(resume=True)
+    straight = distiller(tmp_path/'straight', Unguided(), **best)
+    straight.train()
+    assert same(again.model, straight.model)
+    assert [p.name for p in list_checkpoints(tmp_path/'cut')]==[p.name for p in list_checkpoints(tmp_path/'straight')]
+    assert len(list_checkpoints(tmp_path/'cut'))==1
+
+def test_a_callback_that_ends_the_run_deletes_no_checkpoint_either(tmp_path):
+    d = distiller(tmp_path, Unguided(), **best)
+    def stop(control): control.should_save = control.should_training_stop = True
+    d.add_callback(At(5, stop))
+    d.train()
+    assert 'checkpoint-5' in [p.name for p in list_checkpoints(tmp_path)]
+
+def test_ctrl_c_within_an_epoch_makes_no_evaluation_more(tmp_path):
+    by_epoch = dict(eval_dataset=utterances(4), eval_strategy='epoch', save_strategy='epoch', load_best_model_at_end=True)
+    d,_ = interrupted(tmp_path/'cut', 5, **by_epoch)         # three steps are an epoch
+    assert [log['step'] for log in d.state.log_history if 'eval_loss' in log]==[3]
+    again = distiller(tmp_path/'cut', Unguided(), **by_epoch)
+    again.train(resume=True)
+    straight = distiller(tmp_path/'straight', Unguided(), **by_epoch)
+    straight.train()
+    assert same(again.model, straight.model)
+    evaluated = [[log['eval_loss'] for log in t.state.log_history if 'eval_loss' in log] for t in (again,straight)]
+    assert evaluated[0]==evaluated[1]
+
+# damaged checkpoints
+
+def flip(path):
+    "Change one byte in the middle of a file"
+    data = bytearray(path.read_bytes())
+    data[len(data)//2] ^= 1
+    path.write_bytes(data)
+
+@pytest.fixture(scope='module')
+def checkpoints(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('run')
+    distiller(folder, Unguided(), save_strategy='steps', save_steps=4).train()
+    return folder
+
+@pytest.mark.parametrize('name', ['model.safetensors','optimizer.pt','rng_state.pth','guidance.json','trainer_state.json'])
+def test_one_changed_byte_is_noticed_and_the_older_checkpoint_is_used(checkpoints, tmp_path, caplog, name):
+    shutil.copytree(checkpoints, tmp_path/'run')
+    flip(tmp_path/'run'/'checkpoint-8'/name)
+    with caplog.at_level(logging.WARNING, 'cald'): found = last_checkpoint(tmp_path/'run')
+    assert found.name=='checkpoint-4' and f'the content of {name} has changed' in caplog.text
+
+@pytest.mark.parametrize('content', [b'\xff\xfe\x00', b'', b'[1,2]', b'null', b'{"model.safetensors"'])
+def test_a_manifest_that_is_no_manifest_is_a_damaged_checkpoint(checkpoints, tmp_path, content):
+    shutil.copytree(checkpoints/'checkpoint-8', tmp_path/'checkpoint-8')
+    (tmp_path/'checkpoint-8'/MANIFEST).write_bytes(content)
+    assert 'is damaged' in checkpoint_problem(tmp_path/'checkpoint-8')
+
+def test_a_manifest_of_an_earlier_version_has_sizes_only(checkpoints, tmp_path):
+    shutil.copytree(checkpoints/'checkpoint-8', tmp_path/'checkpoint-8')
+    file = tmp_path/'checkpoint-8'/MANIFEST
+    file.write_text(json.dumps({k: v['size'] for k,v in json.loads(file.read_text()).items()}))
+    assert checkpoint_problem(tmp_path/'checkpoint-8')==''
+
+def test_only_exact_names_are_checkpoints_and_snapshots(tmp_path):
+    for name in ('checkpoint-2','checkpoint-backup-12','checkpoint-best-99','checkpoint-²','checkpoint-3.old','snapshot-4','snapshot-x-5'):
+        (tmp_path/name).mkdir()
+    assert [p.name for p in list_checkpoints(tmp_path)]==['checkpoint-2']
+    assert [step for step,_ in find_snapshots(tmp_path)]==[4]
+
+def test_a_link_is_deleted_and_its_target_stays(checkpoints, tmp_path):
+    (tmp_path/'checkpoint-8').symlink_to(checkpoints/'checkpoint-8')
+    delete_checkpoint(tmp_path/'checkpoint-8')
+    assert not (tmp_path/'checkpoint-8').exists() and checkpoint_problem(checkpoints/'checkpoint-8')==''
+
+def test_a_snapshot_without_a_layer_is_refused(tmp_path):
+    model = speech()
+    model.save_pretrained(tmp_path, state_dict={k: v for k,v in model.state_dict().items() if 'layers.1.' not in k})
+    with pytest.raises(ValueError, match='weights are missing, such as wav2vec2.encoder.layers.1'): load_snapshot(tmp_path)
+
+# numbers that are not finite
+
+def spoil(model, control):
+    with torch.no_grad(): next(p for p in model.parameters() if p.requires_grad)[0] = float('nan')
+
+def test_weights_that_became_nan_in_the_last_step_are_no_result(tmp_path):
+    d = distiller(tmp_path, Unguided())
+    d.add_callback(At(8, lambda control: spoil(d.model, control)))
+    with pytest.raises(FloatingPointError, match='has values that are not finite'): d.train()
+
+def test_weights_that_are_nan_are_never_saved(tmp_path):
+    d = distiller(tmp_path, Unguided(), save_strategy='steps', save_steps=2)
+    d.add_callback(At(4, lambda control: spoil(d.model, control)))
+    with pytest.raises(FloatingPointError): d.train()
+    assert last_checkpoint(tmp_path).name=='checkpoint-2' and len(list_checkpoints(tmp_path))==1
+
+def endless(n): return [dict(row, input_values=torch.full_like(row['input_values'], float('inf'))) for row in utterances(n)]
+
+def test_a_run_in_which_every_step_is_skipped_is_a_failure(tmp_path):
+    d = distiller(tmp_path, Unguided(), data=endless(8), nonfinite='skip')
+    with pytest.raises(FloatingPointError, match='all 8 steps were skipped'): d.train()
+
+@pytest.mark.parametrize('make', [lambda t: Trajectory(t, warmup=0), lambda t: Hybrid(Trajectory(t, warmup=0), until=.9)])
+def test_a_sample_that_is_not_finite_is_skipped_by_a_trajectory_teacher_too(tmp_path, make):
+    data = utterances(16)
+    data[5]['input_values'][:] = float('inf')
+    d = distiller(tmp_path, make(speech(3)), data=data, nonfinite='skip', max_steps=4)
+    d.train()
+    assert d.skipped==1 and all(p.isfinite().all() for p in d.model.parameters())
+    losses = [log['teacher_loss'] for log in d.state.log_history if 'teacher_loss' in log]
+    assert losses and all(map(torch.isfinite, map(torch.tensor, losses)))
+
+def test_a_frozen_trajectory_teacher_is_an_error_that_says_so(tmp_path):
+    teacher = speech(3).requires_grad_(False)
+    with pytest.raises(ValueError, match='all weights of this one are frozen'): distiller(tmp_path, Trajectory(teacher)).train()
+
+# the store of runs
+
+def test_asking_for_the_owner_keeps_the_lock(tmp_path):
+    store = Store(tmp_path)
+    mine,theirs = (store.run(cell('toy'), 'data') for _ in range(2))
+    assert mine.acquire() and mine.owner() and not theirs.acquire() and theirs.owner()
+    mine.release()
+    assert theirs.acquire()
+
+@pytest.mark.parametrize('name,content', [('config.json','{"version": 3}'), ('config.json','[]'), ('result.json','')])
+def test_a_foreign_folder_in_the_store_is_named_and_left_out(tmp_path, capsys, name, content):
+    store = Store(tmp_path)
+    for seed in (0,1):
+        run = store.run(cell('toy', seed=seed), 'data')
+        run.start()
+        run.finish(dict(score=1.))
+    (run.folder/name).write_text(content)
+    assert [r.cell.seed for r in store.runs()]==[0]
+    assert f'{run.folder} is left out' in capsys.readouterr().out
+
+def test_checkpoints_stay_until_the_result_is_written(tmp_path, monkeypatch):
+    store = Store(tmp_path)
+    c = cell('toy')
+    def fn(c, run):
+        write_json(run.folder/'train'/'checkpoint-3'/'x.json', {})
+        return dict(score=1.)
+    with monkeypatch.context() as m:
+        m.setattr('cald.lab.store.Run.finish', lambda *args: (_ for _ in ()).throw(SystemExit('killed')))
+        with pytest.raises(SystemExit): train_missing([c], fn, store, 'data')
+    run = store.run(c, 'data')
+    assert not run.done and list_checkpoints(run.folder/'train')
+    train_missing([c], fn, store, 'data')
+    assert run.done and not list_checkpoints(run.folder/'train')
+
+# names and folders
+
+def test_results_stay_in_their_folder(tmp_path):
+    with pytest.raises(ValueError, match='without folders'): write_table('../x', pd.DataFrame(dict(a=[1])), None, tmp_path)
+    with pytest.raises(ValueError, match='without folders'): check_parameters({'table':'../x', '__annotations__':{'table':str}}, {})
+
+@pytest.mark.skipif(os.geteuid()==0 if hasattr(os, 'geteuid') else False, reason='root may write everywhere')
+def test_a_default_folder_that_cannot_be_written_is_found_before_training(tmp_path, monkeypatch):
+    (tmp_path/'out').mkdir(mode=0o500)
+    monkeypatch.setenv('CALD_OUT', str(tmp_path/'out'))
+    with pytest.raises(ValueError, match='cannot write to'): check_parameters({'out':'', '__annotations__':{'out':str}}, {})
+
+def test_a_default_folder_below_a_file_is_found_before_training(tmp_path, monkeypatch):
+    (tmp_path/'file').write_text('')
+    monkeypatch.setenv('CALD_OUT', str(tmp_path/'file'/'out'))
+    with pytest.raises(ValueError, match='cannot write to'): check_parameters({'out':'', '__annotations__':{'out':str}}, {})
+
+def test_paths_are_relative_to_the_working_folder_and_know_the_home(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv('HOME', str(tmp_path/'home'))
+    assert out_folder('mine')==tmp_path/'mine' and out_folder('~/x')==tmp_path/'home'/'x'
+    assert Store('mine').root==tmp_path/'mine' and Store('~/x').root==tmp_path/'home'/'x'
+
+def test_weights_in_an_old_format_belong_to_the_data(tmp_path):
+    for f in shipped('roberta-demo').iterdir():
+        if f.name!='model.safetensors': shutil.copy(f, tmp_path)
+    df = pd.DataFrame(dict(text=['a','b'], text_b=[None,None], label=['0','1'], split=['train','train']))
+    df.attrs = dict(hash='x')
+    hashes = []
+    for content in (b'one', b'two'):
+        (tmp_path/'pytorch_model.bin').write_bytes(content)
+        assert [p.name for p in weight_files(tmp_path)]==['pytorch_model.bin']
+        hashes.append(TextData(df, AutoTokenizer.from_pretrained(tmp_path), 8, str(tmp_path)).hash)
+    assert hashes[0]!=hashes[1]
