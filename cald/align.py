@@ -21,7 +21,8 @@ from transformers import default_data_collator,TrainingArguments
 from .calibrate import attention_pairs,calibrate,first,layer_errors,on_attention,run_layers,squares
 from .files import read_json,write_atomic,write_json
 from .hidden_states import state_mask
-from .resume import delete_checkpoint,list_checkpoints
+from .resume import (delete_checkpoint,list_checkpoints,load_state,rng_state,save_state,
+                         set_rng_state)
 from .trainer import ResumableTrainer
 
 # %% ../nbs/02c_align.ipynb #02b20001
@@ -162,6 +163,7 @@ def run(self:Alignment, student, data, collate,
     state = student.state_dict()
     new = {name: state[name].contiguous().clone() for name in student.new_weights()}
     write_atomic(folder/'aligned.safetensors', save(new))
+    save_state(folder/'generators', rng_state())
     result = dict(settings=self.settings(), errors=errors.reset_index().to_dict('list'))
     write_json(folder/'aligned.json', result)
     for checkpoint in list_checkpoints(folder): delete_checkpoint(checkpoint)
@@ -176,6 +178,7 @@ def restore(self:Alignment, student, folder)->pd.DataFrame:
         raise ValueError(f"{folder} has an alignment with {done['settings']}, not {self.settings()}: "
                          'delete it, or choose another folder')
     student.load_state_dict(load_file(folder/'aligned.safetensors'), strict=False)
+    if (folder/'generators.json').exists(): set_rng_state(load_state(folder/'generators'))
     return pd.DataFrame(done['errors']).set_index('layer')
 
 # %% ../nbs/02c_align.ipynb #02b20005b

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MIXERS', 'MIXER_CLASSES', 'LOAD_HINT', 'FAMILIES', 'Replacement', 'tokens_of', 'LinformerReplacement', 'Family',
-           'make_mixers', 'ConvertedConfig', 'count_outputs', 'check_loaded', 'Converted', 'register', 'register_head',
-           'MixerCacheLayer', 'mixer_cache_layer']
+           'make_mixers', 'ConvertedConfig', 'count_outputs', 'argument_names', 'check_loaded', 'Converted', 'register',
+           'register_head', 'MixerCacheLayer', 'mixer_cache_layer']
 
 # %% ../nbs/00e_models.ipynb #1867bb9a
 import ast,json,sys
@@ -171,6 +171,7 @@ class ConvertedConfig:
 # %% ../nbs/00e_models.ipynb #07fad220
 def count_outputs(attention:nn.Module)->int:
     "Number of values that `attention` returns: from the `return`s in its code, or from its annotation, or 2"
+    if isinstance(attention, Replacement): return attention.outputs
     forward = unwrap(type(attention).forward)
     try: nodes = ast.walk(ast.parse(dedent(getsource(forward))))
     except (OSError,TypeError,SyntaxError): nodes = [] # no source, as for built-in modules
@@ -178,6 +179,11 @@ def count_outputs(attention:nn.Module)->int:
     lengths = {len(value.elts) if isinstance(value, ast.Tuple) else None for value in returned}
     if len(lengths)==1 and None not in lengths: return lengths.pop()
     return max(2, len(get_args(signature(forward).return_annotation)))
+
+def argument_names(attention:nn.Module)->tuple:
+    "Names of the arguments of `attention`, in their order"
+    if isinstance(attention, Replacement): return attention.names # some heads build a converted base model
+    return tuple(signature(unwrap(type(attention).forward)).parameters)[1:] # without self
 
 def check_loaded(info:dict, # `output_loading_info` of transformers
                  spec:dict, # `config.cald`
@@ -203,7 +209,7 @@ class Converted:
         for i,mixer in zip(config.cald['layers'], mixers):
             attention = self.get_submodule(names[i])
             args = (mixer, config, names[i], count_outputs(attention))
-            given = dict(names=tuple(signature(unwrap(type(attention).forward)).parameters)[1:]) # without self
+            given = dict(names=argument_names(attention))
             if config.cald['to']=='linformer': new = LinformerReplacement(*args, attention, family, **given)
             else: new = Replacement(*args, layer=i if family.causal else None, **given)
             self.set_submodule(names[i], new)

@@ -56,7 +56,7 @@ def cut_short(path)->bool:
     "Does the WAV file `path` end before its header says? False for other files and for streams"
     with open(path, 'rb') as f: head = f.read(8)
     size = int.from_bytes(head[4:], 'little')
-    return head[:4]==b'RIFF' and 0<size<2**32-1 and os.path.getsize(path)<size+8
+    return head[:4]==b'RIFF' and 0<size<0x7fff0000 and os.path.getsize(path)<size+8
 
 # %% ../../nbs/04f_voices.ipynb #cfb3a9bf
 @dataclass(frozen=True)
