@@ -218,7 +218,7 @@ def test_damaged_files_are_named(tmp_path):
     (r.folder/'metrics.jsonl').write_bytes(b'garbage\n'+lines[1])
     with pytest.raises(ValueError, match='metrics.jsonl, line 1'): r.metrics()
     (r.folder/'result.json').write_text('{"key": ')
-    with pytest.raises(ValueError, match='result.json is damaged'): finished(tmp_path)
+    with pytest.raises(ValueError, match='result.json is damaged'): r.record
 
 def test_folder_of_another_run_is_not_used(tmp_path):
     r = Store(tmp_path).run(cell('t'), 'h'); r.log(step=1)
@@ -495,7 +495,7 @@ def test_readme_writer(tmp_path):
 def test_folders(tmp_path, monkeypatch):
     for v in ('CALD_OUT','CALD_RUNS','CALD_CACHE'): monkeypatch.delenv(v, raising=False)
     monkeypatch.chdir(root/'nbs')
-    assert out_folder()==root/'paper_figures' and out_folder('', 'smoke')==root/'runs'/'smoke' and out_folder('runs/demo')==root/'runs'/'demo'
+    assert out_folder()==root/'paper_figures' and out_folder('', 'smoke')==root/'runs'/'smoke' and out_folder('runs/demo')==root/'nbs'/'runs'/'demo'
     assert runs_folder()==root/'runs' and cache_folder()==root/'runs'/'cache' and out_folder(str(tmp_path))==tmp_path
     monkeypatch.setenv('CALD_OUT', str(tmp_path/'o')); monkeypatch.setenv('CALD_RUNS', str(tmp_path/'r'))
     assert out_folder()==tmp_path/'o' and cache_folder()==tmp_path/'r'/'cache'
