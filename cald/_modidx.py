@@ -200,6 +200,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'cald.convert.families': ('convert.html#families', 'cald/convert.py'),
                               'cald.convert.family_of': ('convert.html#family_of', 'cald/convert.py'),
                               'cald.convert.fit_headdim': ('convert.html#fit_headdim', 'cald/convert.py'),
+                              'cald.convert.full_precision_fields': ('convert.html#full_precision_fields', 'cald/convert.py'),
                               'cald.convert.layer_numbers': ('convert.html#layer_numbers', 'cald/convert.py'),
                               'cald.convert.mixer_args': ('convert.html#mixer_args', 'cald/convert.py'),
                               'cald.convert.report': ('convert.html#report', 'cald/convert.py'),

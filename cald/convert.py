@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['INITS', 'families', 'family_of', 'dummy_inputs', 'check_attention', 'default_args', 'fit_headdim', 'check_args',
-           'mixer_args', 'layer_numbers', 'converted_config', 'check_spec', 'build_student', 'copy_weights', 'convert',
-           'report', 'transfer']
+           'mixer_args', 'layer_numbers', 'full_precision_fields', 'converted_config', 'check_spec', 'build_student',
+           'copy_weights', 'convert', 'report', 'transfer']
 
 # %% ../nbs/01_convert.ipynb #daea34ec
 import copy,json,math,re
@@ -173,6 +173,14 @@ def layer_numbers(layers, # a number, several, or None for all
 # %% ../nbs/01_convert.ipynb #fedb427c
 INITS = ('fresh','attention')
 
+def full_precision_fields(model)->dict:
+    "The configuration of `model` without a trace of GGUF; ValueError if its weights are quantized now"
+    fields = model.config.to_dict()
+    method = (fields.pop('quantization_config', None) or {}).get('quant_method')
+    if getattr(model, 'is_quantized', False) and method!='gguf': # transformers unpacks the weights of GGUF files
+        raise ValueError(f'this {type(model).__name__} is quantized ({method}): load it in full precision')
+    return fields
+
 def converted_config(model, family:Family, to:str, layers, seed, # as in `convert`
                      args:dict,                                  # of the mixer, as the user gives them
                      init:str='fresh'):
@@ -180,7 +188,7 @@ def converted_config(model, family:Family, to:str, layers, seed, # as in `conver
     if init not in INITS: raise ValueError(f'unknown init {init!r}; known: {", ".join(INITS)}')
     check_args(dict(seed=seed))
     student = family.students[type(model)]
-    fields = {k: v for k,v in model.config.to_dict().items() if k!='model_type'}
+    fields = {k: v for k,v in full_precision_fields(model).items() if k!='model_type'}
     config = student.config_class.from_dict(fields)
     config._attn_implementation = model.config._attn_implementation
     config.architectures = [student.__name__]
