@@ -129,7 +129,7 @@ def evaluate(model:str, # folder of a fine-tuned model
 
 def info(model:str, # checkpoint: folder, hub id, or name of a shipped one
         ):
-    "Show what a model is, how it was made, and its size"
+    "Show the kind of a model, its history and its size"
     from cald.cli.folders import describe
     return describe(model)
 

@@ -54,10 +54,10 @@ def training_folder(out:Path, settings:dict):
 
 # %% ../../nbs/11d_training.ipynb #124204a5
 def source_of(folder)->str:
-    "The checkpoint that was converted to the model in `folder`; ValueError if its history does not tell"
+    "The checkpoint that was converted to the model in `folder`; ValueError if its history does not name it"
     for record in reversed(read_history(folder)):
         if record['command']=='convert': return record['source']
-    raise ValueError(f'{folder} does not tell what it was converted from: give --teacher')
+    raise ValueError(f'{folder} does not name its source: give --teacher')
 
 def without_new_head(job, model):
     "`model`, or the headless model of its folder with the mixers of `model`"
