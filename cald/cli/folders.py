@@ -86,7 +86,7 @@ def short_name(source:str)->str:
 
 def sentence_of(record:dict)->str:
     "One record of the history as a line of the card"
-    options = ', '.join(f'{k} {v}' for k,v in record['options'].items())
+    options = ', '.join(f'{k} {short_name(str(v))}' for k,v in record['options'].items())
     source = short_name(record['source'])
     return f"* `cald {record['command']}` of {source}" + (f': {options}' if options else '')
 
