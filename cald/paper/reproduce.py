@@ -147,7 +147,10 @@ def make_together(group, folder, **params):
     new = [b for b in same_notebook if files[b.name].exists() and files[b.name].stat().st_mtime>=began]
     for b in new: stamp(b, folder)
     missing = [b.name for b in group if b not in new]
-    if missing: raise RuntimeError(f"{a.path.name} ran, but wrote no new {', '.join(missing)} to {folder}")
+    if not missing: return
+    raise RuntimeError(f"{a.path.name} ran, but wrote no new {', '.join(missing)} to {folder}. If the one there "
+                       f'has rows or seeds that this one lacks, --force replaces it: see {a.name}.ipynb in '
+                       f"{runs_folder()/'notebooks'}")
 
 # %% ../../nbs/09c_reproduce.ipynb #4debee80
 def _check_plan(todo, names, folder, seeds, force):
