@@ -177,7 +177,7 @@ def full_precision_fields(model)->dict:
     "The configuration of `model` without a trace of GGUF; ValueError if its weights are quantized now"
     fields = model.config.to_dict()
     method = (fields.pop('quantization_config', None) or {}).get('quant_method')
-    if getattr(model, 'is_quantized', False) and method!='gguf': # transformers unpacks the weights of GGUF files
+    if getattr(model, 'is_quantized', False) and method!='gguf': # transformers unpacks GGUF files
         raise ValueError(f'this {type(model).__name__} is quantized ({method}): load it in full precision')
     return fields
 

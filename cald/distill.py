@@ -182,7 +182,7 @@ def check_finite(self:Distiller)->bool:
 
 @patch
 def _update_guidance(self:Distiller):
-    "Move the teacher; with nonfinite='skip' it stays if the step was skipped or its own gradient is not finite"
+    "Move the teacher; with nonfinite='skip' not after a skipped step, nor by a gradient that is not finite"
     if self._skipped_step: return self.guidance.discard()
     try: self.guidance.update(self.state.global_step)
     except FloatingPointError as e:

@@ -78,7 +78,8 @@ _outputs = dict(projections=('q_proj','k_proj','v_proj','out_proj'), dropout='at
 _wav2vec2_bert = Family('wav2vec2-bert', 'Wav2Vec2BertConfig', head_classes('Wav2Vec2Bert', 'speech'),
                         layers='encoder.layers', attention='self_attn')
 _conformer = Family('wav2vec2-conformer', 'Wav2Vec2ConformerConfig',
-                    head_classes('Wav2Vec2Conformer', 'speech'), layers='encoder.layers', attention='self_attn')
+                    head_classes('Wav2Vec2Conformer', 'speech'), layers='encoder.layers',
+                    attention='self_attn')
 _wavlm = Family('wavlm', 'WavLMConfig', head_classes('WavLM', 'speech'), layers='encoder.layers',
                 attention='attention', first_leads=True)
 _speech_encoders = (
@@ -89,7 +90,6 @@ _speech_encoders = (
     *([_wav2vec2_bert] if _version>=(5,16) else []),
     _conformer,
     _wavlm)
-
 
 # %% ../nbs/01a_families.ipynb #c01a0030
 _distilbert = Family(
@@ -112,8 +112,8 @@ _text_encoders = (
 _encoders = (*_speech_encoders,*_text_encoders)
 
 # %% ../nbs/01a_families.ipynb #a0a2cc54
-_llamas = {'llama':'Llama', 'mistral':'Mistral', 'qwen2':'Qwen2', 'qwen3':'Qwen3', 'olmo':'Olmo', 'olmo2':'Olmo2',
-           'phi':'Phi', 'phi3':'Phi3', 'smollm3':'SmolLM3', 'granite':'Granite', 'gemma':'Gemma',
+_llamas = {'llama':'Llama', 'mistral':'Mistral', 'qwen2':'Qwen2', 'qwen3':'Qwen3', 'olmo':'Olmo',
+           'olmo2':'Olmo2', 'phi':'Phi', 'phi3':'Phi3', 'smollm3':'SmolLM3', 'granite':'Granite', 'gemma':'Gemma',
            'gemma2':'Gemma2', 'gemma3_text':'Gemma3Text', 'stablelm':'StableLm', 'starcoder2':'Starcoder2',
            'cohere':'Cohere', 'mixtral':'Mixtral', 'qwen3_moe':'Qwen3Moe'}
 _gpts = {'gpt2':('GPT2','attn'), 'gptj':('GPTJ','attn'), 'gpt_neo':('GPTNeo','attn.attention'),
@@ -125,7 +125,8 @@ def _decoder(name, prefix, **places):
     if name in _other_names: heads['AutoModelForCausalLM'] = _other_names[name]
     return Family(name, f'{prefix}Config', heads, causal=True, **places)
 
-_decoders = (*(_decoder(name, prefix, layers='layers', attention='self_attn') for name,prefix in _llamas.items()),
+_at = dict(layers='layers', attention='self_attn')
+_decoders = (*(_decoder(name, prefix, **_at) for name,prefix in _llamas.items()),
              *(_decoder(name, prefix, layers='h', attention=path) for name,(prefix,path) in _gpts.items()),
              _decoder('opt', 'OPT', layers='decoder.layers', attention='self_attn'))
 
@@ -139,14 +140,16 @@ _whisper = _encoder_decoder('whisper', 'WhisperConfig', 'Whisper',
 _bart = _encoder_decoder('bart', 'BartConfig', 'Bart', AutoModelForSeq2SeqLM='BartForConditionalGeneration',
                          AutoModelForSequenceClassification='BartForSequenceClassification')
 _patches = dict(projections=('q_proj','k_proj','v_proj','o_proj'), dropout='attention_probs_dropout_prob')
-_vit = Family('vit', 'ViTConfig', head_classes('ViT', 'image'), layers='layers', attention='attention', **_patches)
+_vit = Family('vit', 'ViTConfig', head_classes('ViT', 'image'), layers='layers', attention='attention',
+              **_patches)
 _dinov2 = Family('dinov2', 'Dinov2Config', head_classes('Dinov2', 'image'), layers='encoder.layer',
                  attention='attention', **_patches)
 _moonshine = Family('moonshine', 'MoonshineConfig',
                     dict(AutoModel='MoonshineModel',
                          AutoModelForSpeechSeq2Seq='MoonshineForConditionalGeneration'),
                     layers='encoder.layers', attention='self_attn')
-_others = (_whisper, _moonshine, _bart, *([_vit,_dinov2] if _version>=(5,23) else [])) # their layers had other names
+_images = [_vit,_dinov2] if _version>=(5,23) else [] # their layers had other names
+_others = (_whisper, _moonshine, _bart, *_images)
 
 # %% ../nbs/01a_families.ipynb #e5bd47a7
 for _family in (*_encoders,*_decoders,*_others): register(_family)

@@ -124,7 +124,8 @@ def rng_state()->dict:
     version,numbers,normal = random.getstate()
     kind,keys,*rest = np.random.get_state()
     keys = torch.from_numpy(keys.astype(np.int64))
-    state = dict(python=[version, list(numbers), normal], numpy=[kind, keys, *rest], torch=torch.get_rng_state())
+    state = dict(python=[version, list(numbers), normal], numpy=[kind, keys, *rest],
+                 torch=torch.get_rng_state())
     if torch.cuda.is_available() and torch.cuda.is_initialized(): state['cuda'] = torch.cuda.get_rng_state()
     return state
 

@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (AutoConfig, AutoModel, AutoModelForAudioClassification, AutoModelForCausalLM, AutoModelForCTC,
     AutoModelForMaskedLM, AutoModelForSequenceClassification, BertConfig, BertForMaskedLM, GPTNeoXConfig, GPTNeoXForCausalLM,
-    GPTNeoXForTokenClassification, GPTNeoXModel, RobertaConfig, RobertaForMaskedLM, RobertaForSequenceClassification, RobertaModel,
+    BertForNextSentencePrediction, GPTNeoXModel, RobertaConfig, RobertaForMaskedLM, RobertaForSequenceClassification, RobertaModel,
     Wav2Vec2Config, Wav2Vec2ForCTC, Wav2Vec2ForSequenceClassification, Wav2Vec2Model)
 
 import cald
@@ -360,10 +360,10 @@ print(cald.__version__)'''
 # ---- the registry
 
 def test_errors_say_what_there_is():
-    m,other = model('ctc'),GPTNeoXForTokenClassification(GPTNeoXConfig(**tokens))
+    m,other = model('ctc'),BertForNextSentencePrediction(BertConfig(**tokens))
     for bad,error,match in [
         (lambda: convert(nn.Linear(2, 2)), TypeError, 'a Linear: `families'),
-        (lambda: convert(other), TypeError, 'GPTNeoXForTokenClassification, but a GPTNeoXForSequenceClassification: `families'),
+        (lambda: convert(other), TypeError, 'BertForNextSentencePrediction, but a BertForSequenceClassification: `families'),
         (lambda: convert(convert(m)), TypeError, 'converted already'),
         (lambda: convert(model('mlm', is_decoder=True)), TypeError, 'is_decoder'),
         (lambda: convert(m, to='mamba3'), ValueError, 'known: mamba2, mamba, linformer, identity'),

@@ -90,7 +90,7 @@ def check_columns(rows:list, path)->set: # the columns
 def read_manifest(path,                  # .tsv, .csv or .jsonl, or .gz of one
                   prepare:Callable=None, # function of a transcript, such as `str.lower`
                  )->pd.DataFrame:
-    "Read a manifest with `audio` (relative to its folder) and `text`, `label`, `intent`, `scenario` or `speaker`"
+    "Read a manifest with `audio` (relative to its folder) and a text, label, intent, scenario or speaker"
     path = Path(path)
     rows = read_rows(path)
     columns = check_columns(rows, path)
