@@ -113,7 +113,8 @@ _encoders = (*_speech_encoders,*_text_encoders)
 
 # %% ../nbs/01a_families.ipynb #a0a2cc54
 _llamas = {'llama':'Llama', 'mistral':'Mistral', 'qwen2':'Qwen2', 'qwen3':'Qwen3', 'olmo':'Olmo',
-           'olmo2':'Olmo2', 'phi':'Phi', 'phi3':'Phi3', 'smollm3':'SmolLM3', 'granite':'Granite', 'gemma':'Gemma',
+           'olmo2':'Olmo2', 'phi':'Phi', 'phi3':'Phi3', 'smollm3':'SmolLM3', 'granite':'Granite',
+           'gemma':'Gemma',
            'gemma2':'Gemma2', 'gemma3_text':'Gemma3Text', 'stablelm':'StableLm', 'starcoder2':'Starcoder2',
            'cohere':'Cohere', 'mixtral':'Mixtral', 'qwen3_moe':'Qwen3Moe'}
 _gpts = {'gpt2':('GPT2','attn'), 'gptj':('GPTJ','attn'), 'gpt_neo':('GPTNeo','attn.attention'),

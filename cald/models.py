@@ -66,6 +66,7 @@ class Replacement(nn.Module):
     def mix(self, x, mask): return self.mixer(x, mask)
     def refuse(self, reason): raise ValueError(f'{self.where} is converted and {reason}')
 
+# %% ../nbs/00e_models.ipynb #a3548f3d
 def tokens_of(mask:torch.Tensor)->torch.Tensor: # (batch, heads, queries, keys) -> (batch, keys)
     "The tokens in the square `mask`, which may have a window; None if it keeps the texts of a row apart"
     own = mask.diagonal(dim1=2, dim2=3)[:,0] # may a position attend to itself?
@@ -83,7 +84,6 @@ def tokens_of(mask:torch.Tensor)->torch.Tensor: # (batch, heads, queries, keys) 
     first = (tokens & visible).int().argmax(1, keepdim=True)
     packed = (tokens & (before>=0) & ~seen).any() or (hidden & (positions>first)).any()
     return None if packed else tokens
-
 
 # %% ../nbs/00e_models.ipynb #a3548f3c
 class LinformerReplacement(Replacement):

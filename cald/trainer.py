@@ -58,7 +58,7 @@ class _Hooks(TrainerCallback):
     def on_pre_optimizer_step(self, args, state, control, **kwargs): self.trainer.check_finite()
     def on_step_end(self, args, state, control, **kwargs): self.trainer.end_step(control)
     def on_epoch_end(self, args, state, control, **kwargs):
-        if self.trainer._stopped and state.epoch%1: # Trainer evaluates and saves here, as if the epoch were over
+        if self.trainer._stopped and state.epoch%1: # else Trainer evaluates and saves within the epoch
             control.should_evaluate = control.should_save = False
 
 @contextmanager
@@ -290,7 +290,7 @@ def _checkpoint_to_resume(self:ResumableTrainer, requested, resume:bool): # None
 
 @patch
 def _check_result(self:ResumableTrainer):
-    "Raise FloatingPointError if nothing was learned; of a finished run keep the best checkpoint if one is kept"
+    "FloatingPointError if nothing was learned; of a finished run only the best checkpoint may be kept"
     self.check_weights()
     if self.skipped and self.skipped==self.state.global_step:
         raise FloatingPointError(f'all {self.skipped} steps were skipped: no loss and gradient was finite')

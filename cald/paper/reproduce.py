@@ -85,7 +85,7 @@ def estimate_minutes(a, scale:str, seeds:int, workers:int,
 
 # %% ../../nbs/09c_reproduce.ipynb #0ab282df
 def print_plan(todo, scale, seeds, workers)->list:
-    "Print the results that will be made, those that will not and why, and the estimated time; the groups to make"
+    "Print the results that will be made or not and why, and the estimated time; the groups to make"
     for r in todo[todo.action!='make'].itertuples(): print(f'  {r.artefact.name:8} {r.why}')
     why = {a.name: w for a,w in zip(todo.artefact, todo.why)}
     total,planned = 0,group_by_notebook(todo)
@@ -212,7 +212,7 @@ def check_checkout():
                          'or set PYTHONPATH')
 
 def show_reproduce(names, scale, seeds, publish, retrain, force, workers, dry_run):
-    "Make results, and compare them with the committed ones; arguments as the command `cald reproduce` has them"
+    "Make results, and compare them with the committed ones; arguments as of `cald reproduce`"
     check_checkout()
     if seeds<1: raise ValueError('--seeds must be at least 1')
     if workers<0: raise ValueError('--workers cannot be negative')
@@ -240,7 +240,6 @@ def show_status(names, out):
         for name,why in df.why[df.why.ne('')].items(): print(f'  {name}: {shorten(why)}')
         print(', '.join(f'{n} {state}' for state,n in df.state.value_counts().items()), end='\n\n')
     print('If stale: `cald accept` where the numbers hold, else `cald reproduce NAME --publish --retrain`.')
-
 
 # %% ../../nbs/09c_reproduce.ipynb #302b8161
 def show_accept(names, because, out):
