@@ -134,7 +134,7 @@ def run_notebook(path, to, params:dict):
 
 # %% ../../nbs/09c_reproduce.ipynb #551cade7
 def make_together(group, folder, **params):
-    "Run the notebook of the artefacts in `group` with `params` and stamp its results; RuntimeError if it fails"
+    "Run the notebook of the artefacts in `group` and stamp its results; RuntimeError if it fails"
     a = group[0]
     copy_data(a)
     known = notebook_defaults(a.path)
@@ -148,8 +148,8 @@ def make_together(group, folder, **params):
     for b in new: stamp(b, folder)
     missing = [b.name for b in group if b not in new]
     if not missing: return
-    raise RuntimeError(f"{a.path.name} ran, but wrote no new {', '.join(missing)} to {folder}. If the one there "
-                       f'has rows or seeds that this one lacks, --force replaces it: see {a.name}.ipynb in '
+    raise RuntimeError(f"{a.path.name} ran, but wrote no new {', '.join(missing)} to {folder}. If the one "
+                       f'there has rows or seeds that this one lacks, --force replaces it: see {a.name}.ipynb in '
                        f"{runs_folder()/'notebooks'}")
 
 # %% ../../nbs/09c_reproduce.ipynb #4debee80
