@@ -149,7 +149,7 @@ def make_together(group, folder, **params):
     missing = [b.name for b in group if b not in new]
     if not missing: return
     raise RuntimeError(f"{a.path.name} ran, but wrote no new {', '.join(missing)} to {folder}. If the one "
-                       f'there has rows or seeds that this one lacks, --force replaces it: see {a.name}.ipynb in '
+                       f'there has more rows or seeds, --force replaces it: see {a.name}.ipynb in '
                        f"{runs_folder()/'notebooks'}")
 
 # %% ../../nbs/09c_reproduce.ipynb #4debee80
