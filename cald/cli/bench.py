@@ -11,9 +11,9 @@ import transformers
 from transformers import AutoModel
 
 # %% ../../nbs/11e_bench.ipynb #b45e438e
-from .jobs import checked_source,checkpoint_config
+from .jobs import check_converted,checked_source,checkpoint_config
 from ..models import FAMILIES
-from ..paper.efficiency import measure_model,measured_apart
+from ..paper.efficiency import measure_model,measured_apart,prepare_config
 from ..pretrained import quietly
 
 # %% ../../nbs/11e_bench.ipynb #61e653d3
@@ -38,10 +38,7 @@ def bench_config(folder:str, converted:bool, length:int):
         fields = {k: v for k,v in config.to_dict().items() if k not in ('model_type','cald')}
         config = getattr(transformers, FAMILIES[spec['family']].config).from_dict(fields)
     elif 'max_length' in spec['args']: spec['args']['max_length'] = length+2
-    if hasattr(config, 'max_position_embeddings'): config.max_position_embeddings = length+2
-    for k in vars(config):
-        if 'dropout' in k or k in ('layerdrop','mask_time_prob'): setattr(config, k, 0.)
-    return config
+    return prepare_config(config, length)
 
 def bench_one(folder:str, converted:bool, mode:str, length:int, threads:int, repeats:int, limit:float)->dict:
     "Time and memory of one model at one length"
@@ -54,10 +51,10 @@ def bench_one(folder:str, converted:bool, mode:str, length:int, threads:int, rep
 def bench_folder(folder:str, lengths:str='128:4096', mode:str='forward', # or 'training'
                  repeats:int=5, limit:float=2., # calls at each length, and seconds for all of them
                  patience:float=20., # seconds of one call
-                 progress=print)->list: # of dicts, one for each length
+                )->list: # of dicts, one for each length
     "Milliseconds and megabytes of the converted model in `folder` and of its source at each of `lengths`"
+    check_converted(folder)
     path = checked_source(folder)
-    if not getattr(checkpoint_config(path), 'cald', None): raise ValueError(f'{folder} is not converted')
     if mode not in ('forward','training'): raise ValueError(f'mode {mode!r}: choose forward or training')
     rows = []
     stopped = {}

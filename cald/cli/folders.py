@@ -21,6 +21,7 @@ from transformers import AutoFeatureExtractor,AutoModel
 from .jobs import checked_source,checkpoint_config,kind_of_model,load_tokenizer
 from ..convert import convert
 from ..files import read_json,write_atomic,write_json
+from ..lab.results import folder_problem
 import cald.models as models
 from ..models import FAMILIES
 from ..pretrained import load_pretrained,quietly,weight_files
@@ -121,9 +122,7 @@ def check_free(out, force:bool=False, inputs=())->Path: # inputs: paths that the
         raise FileExistsError(f'{out} exists: choose another --out, or replace it with --force')
     if out.exists() and not (out/'config.json').is_file():
         raise FileExistsError(f'{out} is not the folder of a model, so --force does not replace it')
-    parent = next(p for p in out.parents if p.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise PermissionError(f'cannot write to {parent}')
+    if problem := folder_problem(out.parent): raise PermissionError(problem)
     return out
 
 def save_folder(out:Path, model, save_processor, history:list, task:str='', force:bool=False):

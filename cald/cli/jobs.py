@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'HEADS', 'AUDIO_LABELS', 'NORMALISE', 'Kind', 'is_regression', 'has_head', 'kind_of_model', 'kind_of_data',
-           'has_splits', 'checked_source', 'checkpoint_config', 'Job', 'letters_only', 'load_tokenizer', 'label_fields',
-           'head_labels']
+           'has_splits', 'checked_source', 'checkpoint_config', 'check_converted', 'Job', 'letters_only',
+           'load_tokenizer', 'label_fields', 'head_labels']
 
 # %% ../../nbs/11_jobs.ipynb #df2261ea
 from dataclasses import dataclass
@@ -110,6 +110,11 @@ def checkpoint_config(source:str): # of `checked_source`
     except (OSError,ValueError) as e:
         reason = str(e).splitlines()[0]
         raise OSError(f'{source}: no checkpoint can be read there ({reason})') from None
+
+def check_converted(source:str):
+    "ValueError if the checkpoint `source` is not converted"
+    if not getattr(checkpoint_config(checked_source(source)), 'cald', None):
+        raise ValueError(f'{source} is not converted: `cald convert` first')
 
 # %% ../../nbs/11_jobs.ipynb #4a4d18f2
 class Job:
