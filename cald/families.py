@@ -9,7 +9,6 @@ __all__ = ['AUTO_CLASSES', 'head_classes', 'same_layers']
 from dataclasses import replace
 
 import transformers
-from fastcore.basics import patch
 
 from .models import FAMILIES,Family,register,register_head
 

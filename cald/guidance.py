@@ -11,7 +11,7 @@ import torch
 from fastcore.basics import patch
 from transformers import get_scheduler
 from .files import check_share,check_type
-from .hidden_states import average_gradients,run_teacher,train_teacher
+from .hidden_states import average_gradients,clip_gradients,run_teacher,train_teacher
 from .losses import as_loss,check_after,HiddenLoss
 from .resume import check_snapshots,load_snapshot,seeded_rng
 
@@ -29,8 +29,7 @@ class Guidance:
         "Return the output of this step's teacher for `batch`"
     def update(self, step:int):
         "Called after each optimizer step of the student; `step` steps are done"
-    def discard(self):
-        "Called instead of `update` after a step that is skipped"
+    def discard(self): "Called instead of `update` after a step that is skipped"
     def to(self, device):
         "Move the teacher to `device`, now or as soon as it exists"
         self.device = torch.device(device)
@@ -107,16 +106,12 @@ class Trajectory(Target):
         super().__init__(teacher, loss, train_mode, seed)
         if type(every) is not int or every<1: raise ValueError(f'every={every!r}: give a number of steps')
         check_share(warmup, 'warmup')
-        self.source = self.teacher
-        self.teacher = None
+        self.source,self.teacher = self.teacher,None
         self.every = every
         self.task_loss = task_loss
         self.own_forward = own_forward
         self.lr,self.weight_decay,self.clip = lr,weight_decay,clip
         self.schedule,self.schedule_steps,self.warmup = schedule,schedule_steps,warmup
-    def moves_at(self, step):
-        "Is the teacher updated at the end of `step`?"
-        return (step+1)%self.every==0
     def free(self):
         "Drop the teacher, its source and its optimizer"
         super().free()
@@ -128,29 +123,26 @@ def setup(self:Trajectory, total_steps):
     "Copy the teacher, and create its optimizer and schedule"
     if self.source is None: return
     self.teacher = copy.deepcopy(self.source).to(self.device)
-    self.updates = self.micro_batches = 0
+    self.updates = 0
     self._loss_sum,self._loss_count = 0.,0
     self._step_losses = [] # of the micro-batches since the last update
     n = self.schedule_steps or max(total_steps//self.every, 1)
     warmup = round(self.warmup*n) if isinstance(self.warmup, float) else self.warmup
     ps = [p for p in self.teacher.parameters() if p.requires_grad]
-    if not ps: raise ValueError('Trajectory trains its teacher, but all weights of this one are frozen: '
-                                'call teacher.requires_grad_(True)')
+    if not ps: raise ValueError('Trajectory trains its teacher, but all weights of this one are frozen')
     self.opt = torch.optim.AdamW(ps, lr=self.lr, betas=(0.9,0.999), eps=1e-8, weight_decay=self.weight_decay)
     self.sched = get_scheduler(self.schedule, self.opt, num_warmup_steps=warmup, num_training_steps=n)
 
-# %% ../nbs/02_guidance.ipynb #3fe5b844
 @patch
 def teacher_forward(self:Trajectory, batch, step):
     "Return the teacher's output for `batch` before this step's update, and accumulate its gradient"
     if self.teacher is None: raise RuntimeError(_no_teacher.format('Trajectory'))
     key = self.key(step)
     logits = bool(self.loss.alpha_output)
-    if not self.moves_at(step):
+    if (step+1)%self.every: # this step does not update the teacher
         return run_teacher(self.teacher, batch, self.train_mode and not self.own_forward, key, logits)
     clean = run_teacher(self.teacher, batch, logits=logits) if self.own_forward else None
     out,loss = train_teacher(self.teacher, batch, self.task_loss, self.train_mode, key)
-    self.micro_batches += 1
     self._step_losses.append(loss)
     return clean or out
 
@@ -158,12 +150,11 @@ def teacher_forward(self:Trajectory, batch, step):
 @patch
 def update(self:Trajectory, step):
     "Make the teacher's step if one is due. Raises FloatingPointError if its gradient is not finite"
-    if not self.micro_batches: return
-    grads = average_gradients(self.opt.param_groups[0]['params'], self.micro_batches)
-    norm = torch.nn.utils.get_total_norm(grads)
+    if not self._step_losses: return
+    grads = average_gradients(self.opt.param_groups[0]['params'], len(self._step_losses))
+    norm = clip_gradients(grads, self.clip)
     if not torch.isfinite(norm):
         raise FloatingPointError(f"the teacher's gradient is not finite at step {step}; lower lr ({self.lr})")
-    if self.clip: torch._foreach_mul_(grads, (self.clip/(norm+1e-6)).clamp(max=1))
     self.opt.step()
     self.sched.step()
     self.updates += 1
@@ -176,7 +167,6 @@ def discard(self:Trajectory):
     "Forget the gradient and the losses since the last update"
     if self.teacher is None: return
     self.opt.zero_grad()
-    self.micro_batches = 0
     self._step_losses = []
 
 # %% ../nbs/02_guidance.ipynb #07a1ff95
@@ -203,7 +193,6 @@ def load_state_dict(self:Trajectory, state):
     self.opt.load_state_dict(state['optimizer'])
     self.sched.load_state_dict(state['schedule'])
     self.updates = state['updates']
-    self.micro_batches = 0
     self._loss_sum,self._loss_count = state['loss'],state['seen']
 
 # %% ../nbs/02_guidance.ipynb #a3d54aad
@@ -237,7 +226,6 @@ class Waypoint(Target):
         return next((i for i,s in enumerate(self.steps) if s>step), last)
     def logs(self): return {} if self.index is None else {'waypoint': self.steps[self.index]}
     def state_dict(self): return {**super().state_dict(), 'steps': self.steps, 'cycle': self.cycle}
-
 
 # %% ../nbs/02_guidance.ipynb #30415263
 @patch
@@ -306,8 +294,7 @@ def state_dict(self:Hybrid):
 @patch
 def load_state_dict(self:Hybrid, state):
     "Restore `state` of a hybrid run, or of a plain run of the wrapped guidance"
-    inner_kind = type(self.inner).__name__
-    if state['kind']!='Hybrid' and state['kind']==inner_kind: return self.inner.load_state_dict(state)
+    if 'Hybrid'!=state['kind']==type(self.inner).__name__: return self.inner.load_state_dict(state)
     Guidance.load_state_dict(self, state)
     if state['inner'] is not None: self.inner.load_state_dict(state['inner'])
     if state['switched']: self.switch(self.stop)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['state_length', 'state_mask', 'teacher_inputs', 'detach_output', 'complete_hidden_states', 'run_teacher',
-           'train_teacher', 'average_gradients', 'Taps', 'layer_paths', 'state_paths', 'stage_paths',
+           'train_teacher', 'average_gradients', 'clip_gradients', 'Taps', 'layer_paths', 'state_paths', 'stage_paths',
            'sample_positions', 'collect_states', 'record_steps', 'read_record', 'RecordStates']
 
 # %% ../nbs/01d_hidden_states.ipynb #89a62404
@@ -132,6 +132,12 @@ def average_gradients(parameters, micro_batches:int)->list:
     grads = [p.grad for p in parameters if p.grad is not None]
     torch._foreach_div_(grads, micro_batches)
     return grads
+
+def clip_gradients(grads:list, most:float=None)->Tensor:
+    "Scale `grads` to a norm of at most `most`; their norm before"
+    norm = torch.nn.utils.get_total_norm(grads)
+    if most: torch._foreach_mul_(grads, (most/(norm+1e-6)).clamp(max=1))
+    return norm
 
 # %% ../nbs/01d_hidden_states.ipynb #d186491b
 class Taps:

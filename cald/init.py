@@ -6,14 +6,16 @@
 __all__ = ['Linear', 'Projections', 'DT', 'ATTENTION_STARTS', 'as_linear', 'head_size', 'repeat_heads', 'split_fused',
            'split_rows', 'attention_projections', 'start_linformer', 'attention_shape_args', 'set_memory', 'open_gate',
            'copy_projections', 'copy_output', 'start_mamba2', 'start_mamba', 'init_args', 'start_from_attention',
-           'start_of']
+           'start_of', 'dummy_inputs', 'check_attention', 'check_new_family', 'full_precision_fields', 'fit_headdim']
 
 # %% ../nbs/00h_init.ipynb #00f10003
+import copy
 import math
 from collections import namedtuple
 
 import torch
 from torch import nn
+from transformers.cache_utils import Cache
 from transformers.pytorch_utils import Conv1D
 
 from .mixers import directions,LinformerProjection,Mamba2
@@ -22,10 +24,10 @@ from .mixers import directions,LinformerProjection,Mamba2
 Linear = namedtuple('Linear', 'weight bias') # (out, in), (out,)
 Projections = namedtuple('Projections', 'q k v o') # four `Linear`; `o` is None if it is outside the module
 
-_names = dict(q=('q_proj','query','q_lin','linear_q','query_proj'),
-              k=('k_proj','key','k_lin','linear_k','key_proj'),
-              v=('v_proj','value','v_lin','linear_v','value_proj'),
-              o=('o_proj','out_proj','out_lin','linear_out','dense','c_proj','Wo'))
+_names = dict(q=('q_proj','query','q_lin','linear_q','query_proj','q'),
+              k=('k_proj','key','k_lin','linear_k','key_proj','k'),
+              v=('v_proj','value','v_lin','linear_v','value_proj','v'),
+              o=('o_proj','out_proj','out_lin','linear_out','dense','c_proj','Wo','o'))
 
 def as_linear(module)->Linear:
     "Weight and bias of a linear layer; zeros if it has no bias"
@@ -223,3 +225,64 @@ def start_of(name:str, # of a new weight
     start = next(s for mixer,end,s in starts if spec['to'].startswith(mixer) and name.endswith(end))
     return start.format(**spec['args'])
 
+
+# %% ../nbs/00h_init.ipynb #c0a10031
+def dummy_inputs(model)->dict:
+    "A small random batch for `model`; ValueError for inputs other than tokens, audio and pictures"
+    c = model.config
+    name = model.main_input_name
+    if name=='input_ids':
+        ids = torch.arange(1, 5)[None]%c.vocab_size
+        return {name:ids, **({'decoder_input_ids':ids} if c.is_encoder_decoder else {})}
+    if name=='input_values': return {name: torch.randn(1, 8000)}
+    if name=='pixel_values': return {name: torch.randn(1, c.num_channels, c.image_size, c.image_size)}
+    raise ValueError(f'{c.model_type} reads {name}: test `check_attention` by hand, then register the family '
+                     'with checked=True')
+
+# %% ../nbs/00h_init.ipynb #c0a10034
+@torch.no_grad()
+def check_attention(model, family, # of `cald.models`
+                    inputs:dict=None): # of `model`; None: `dummy_inputs`
+    "ValueError if the first attention of `model` does more than attend: adds its input, or normalises"
+    where = family.attentions(model)[0]
+    attention = model.get_submodule(where)
+    calls = []
+    def without_cache(x): return None if isinstance(x, Cache) else x
+    def record(module, args, kwargs):
+        calls.append(([*map(without_cache, args)], {k: without_cache(v) for k,v in kwargs.items()}))
+    hook = attention.register_forward_pre_hook(record, with_kwargs=True)
+    inputs = {k: v.to(model.device) for k,v in (inputs or dummy_inputs(model)).items()}
+    try: model(**inputs)
+    finally: hook.remove()
+    idle = copy.deepcopy(attention).eval()
+    for p in idle.parameters():
+        if p.ndim>1: p.zero_()
+    def output():
+        args,kwargs = calls[0]
+        hidden = args[0] if args else kwargs['hidden_states']
+        new = torch.randn_like(hidden)
+        y = idle(new, *args[1:], **kwargs) if args else idle(**{**kwargs, 'hidden_states':new})
+        return y[0] if isinstance(y, tuple) else y
+    if torch.allclose(output(), output()): return
+    raise ValueError(f'{where} of {family.name} does more than attend: its output depends on its input even '
+                     'with all matrices zero, so a mixer cannot replace it')
+
+def check_new_family(model, family):
+    "`check_attention` for the first model of a new family; random generators stay as they are"
+    if family.checked: return
+    with torch.random.fork_rng(devices=[]): check_attention(model, family)
+    family.checked = True
+
+# %% ../nbs/00h_init.ipynb #00f10093
+def full_precision_fields(model)->dict:
+    "The configuration of `model` without a trace of GGUF; ValueError if its weights are quantized now"
+    fields = model.config.to_dict()
+    method = (fields.pop('quantization_config', None) or {}).get('quant_method')
+    if getattr(model, 'is_quantized', False) and method!='gguf': # transformers unpacks GGUF files
+        raise ValueError(f'this {type(model).__name__} is quantized ({method}): load it in full precision')
+    return fields
+
+# %% ../nbs/00h_init.ipynb #c0a1000e
+def fit_headdim(d_inner:int, largest:int=64)->int:
+    "The largest divisor of the inner width `d_inner` up to `largest`"
+    return next(h for h in range(min(largest, d_inner), 0, -1) if d_inner%h==0)

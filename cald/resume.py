@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['MANIFEST', 'seeded_rng', 'EpochSampler', 'SeededBatches', 'save_state', 'load_state', 'rng_state', 'set_rng_state',
-           'file_hash', 'write_checkpoint_manifest', 'checkpoint_problem', 'numbered_folders', 'list_checkpoints',
-           'last_checkpoint', 'delete_checkpoint', 'check_snapshots', 'load_snapshot']
+           'finish_step_on_interrupt', 'check_weights', 'file_hash', 'write_checkpoint_manifest', 'checkpoint_problem',
+           'numbered_folders', 'list_checkpoints', 'last_checkpoint', 'delete_checkpoint', 'find_snapshots',
+           'check_snapshots', 'load_snapshot']
 
 # %% ../nbs/00g_resume.ipynb #f74cd567
 import hashlib
@@ -15,6 +16,8 @@ import os
 import random
 import re
 import shutil
+import signal
+import threading
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -138,6 +141,27 @@ def set_rng_state(state:dict): # of `rng_state`
     torch.set_rng_state(state['torch'])
     if 'cuda' in state and torch.cuda.is_available(): torch.cuda.set_rng_state(state['cuda'])
 
+# %% ../nbs/00g_resume.ipynb #00f10081
+@contextmanager
+def finish_step_on_interrupt(trainer):
+    "Context in which the first Ctrl-C lets `trainer` finish its step and the second stops it at once"
+    def handle(*_):
+        if trainer._stopped: raise KeyboardInterrupt('stopped at once; resume with train(resume=True)')
+        trainer._stopped = True
+        _log.warning('interrupted: this step is finished and saved; interrupt again to stop at once')
+    in_main_thread = threading.current_thread() is threading.main_thread() # Python handles signals there only
+    if in_main_thread: previous = signal.signal(signal.SIGINT, handle)
+    try: yield
+    finally:
+        if in_main_thread: signal.signal(signal.SIGINT, previous)
+
+def check_weights(model, step:int):
+    "Raise FloatingPointError if a weight is not finite: neither checkpoint nor result may hold it"
+    for name,p in model.named_parameters():
+        if torch.isfinite(p).all(): continue
+        raise FloatingPointError(f'step {step}: {name} has values that are not finite; '
+                                 'nothing was saved since')
+
 # %% ../nbs/00g_resume.ipynb #0996d277
 MANIFEST = 'complete.json'
 
@@ -199,6 +223,10 @@ def delete_checkpoint(folder):
     shutil.rmtree(folder)
 
 # %% ../nbs/00g_resume.ipynb #93a4b5c6
+def find_snapshots(folder)->list: # of (step, folder)
+    "The snapshots that a run left in `folder`, earliest first"
+    return numbered_folders(folder, 'snapshot')
+
 def check_snapshots(snapshots:list, # of (step, folder)
                    )->list:         # the same, sorted by step
     "Sort `snapshots`. Raises an error unless the folders exist and the steps differ"

@@ -57,7 +57,7 @@ def test_recognition_from_a_manifest_to_a_pipeline(capsys):
     audio,_ = soundfile.read('train.tsv0.wav', dtype='float32')
     model = recognise.model
     assert type(model).__name__=='CaldWav2Vec2ForCTC' and model.config.vocab_size==7 # blank, space, e n o s y
-    assert isinstance(recognise(audio)['text'], str)
+    assert set(recognise(audio)['text'])<=set('enosy ')
     commands = [r['command'] for r in read_history('final')]
     assert commands==['finetune','convert','finetune'] and describe('final')['task']=='automatic-speech-recognition'
 

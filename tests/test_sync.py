@@ -76,7 +76,7 @@ def test_notebook_names_its_kernel_and_cells(f):
 @pytest.mark.parametrize('f', nbs, **ids)
 def test_notebook_reads_well(f):
     code = [source(c) for c in cells(f, 'code')]
-    assert not [s[:60] for s in code if s.count('\n')>=60], 'a cell of more than 60 lines'
+    assert not [s[:60] for s in code if s.count('\n')>=40], 'a cell of more than 40 lines'
     assert not [l for s in code for l in s.split('\n') if len(l)>110], 'a line of more than 110 characters'
     hidden = [s for s in code if re.match(r'#\|\s*hide\b', s)]
     assert len(hidden)<=1, 'more than one code cell is hidden: audits belong in tests/'
@@ -84,8 +84,7 @@ def test_notebook_reads_well(f):
     if f.stem!='index': assert re.match(r'# .+\n\n> .+', source(cells(f, 'markdown')[0])), 'begin with a title and one line that says what it is'
 
 @pytest.mark.parametrize('f', [f for f in (root/'cald').rglob('*.py') if f.name!='_modidx.py'], **ids)
-def test_module_is_short(f): # convert, models, trainer and guidance are above the 300 lines that they should have
-    assert len(f.read_text(encoding='utf-8').splitlines())<=360
+def test_module_has_at_most_300_lines(f): assert len(f.read_text(encoding='utf-8').splitlines())<=300
 
 machine = re.compile(r'/work/|/root/|/tmp/|/home/|/Users/') # a path that exists on one machine only
 

@@ -91,6 +91,7 @@ def sentence_of(record:dict)->str:
     source = short_name(record['source'])
     return f"* `cald {record['command']}` of {source}" + (f': {options}' if options else '')
 
+# %% ../../nbs/11c_folders.ipynb #56208a5b
 def model_card(name:str, config, history:list, task:str='')->str:
     "The card of a model"
     spec = getattr(config, 'cald', None)
@@ -163,6 +164,7 @@ def load_source(source:str, # of `checked_source`
     return load_pretrained(cls, source, new=('pooler','masked_spec_embed', f'{cls.base_model_prefix}.pooler',
                                              f'{cls.base_model_prefix}.masked_spec_embed'))
 
+# %% ../../nbs/11c_folders.ipynb #f241375d
 def copy_processor(source:str):
     "A function that saves the tokenizer and the feature extractor of `source`, if it has them, to a folder"
     def save(folder):

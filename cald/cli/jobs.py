@@ -146,6 +146,7 @@ class Job:
     def judge(self, model, ds)->dict: raise NotImplementedError # metrics
     def save(self, out): self.processor.save_pretrained(out) # tokenizer or feature extractor, for pipelines
 
+# %% ../../nbs/11_jobs.ipynb #4a4d18f3
 def letters_only(text:str)->str:
     "`text` in lower case, with nothing but letters, apostrophes and single spaces"
     letters = ''.join(c if c.isalpha() or c=="'" else ' ' for c in text.lower())

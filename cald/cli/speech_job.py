@@ -99,10 +99,10 @@ class SpeechJob(Job):
             self.sets[split] = SpeechDataset(g, [frames[i] for i in g.index], self.labels)
             self.where[split] = g[['where','text' if self.ctc else 'label']]
 
+# %% ../../nbs/11b_speech_job.ipynb #9b633da4
 AUDIO_FAMILIES = ('wav2vec2','hubert','unispeech','unispeech-sat','wavlm','data2vec-audio','sew',
                   'wav2vec2-conformer')
 
-# %% ../../nbs/11b_speech_job.ipynb #9b633da4
 @patch(as_prop=True)
 def encodes_once(self:SpeechJob)->bool: return self.config.model_type.removeprefix('cald-')=='wav2vec2'
 

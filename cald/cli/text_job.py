@@ -43,6 +43,7 @@ def wanted_rows(df:pd.DataFrame, files:dict)->pd.DataFrame:
         print(f'{left} rows of other splits ({others}) are not used')
     return df.assign(split=split)[keep].reset_index(drop=True)
 
+# %% ../../nbs/11a_text_job.ipynb #1549bd46
 def read_text_rows(files:dict, # split -> path
                    kind, labels:list=None, # of a trained head; None: those of train
                    drop:bool=False)->pd.DataFrame: # text, text_b, label, split
@@ -108,12 +109,15 @@ class TextJob(Job):
             self.sets[split] = [items[i] for i in g.index]
             self.where[split] = g[['where','label']]
 
-    def head(self):
-        pad = dict(pad_token_id=self.processor.pad_token_id)
-        if self.regression: return dict(pad, num_labels=1, problem_type='regression')
-        return dict(pad, num_labels=len(self.labels), **label_fields(self.labels))
+# %% ../../nbs/11a_text_job.ipynb #665e115c
+@patch
+def head(self:TextJob)->dict:
+    pad = dict(pad_token_id=self.processor.pad_token_id)
+    if self.regression: return dict(pad, num_labels=1, problem_type='regression')
+    return dict(pad, num_labels=len(self.labels), **label_fields(self.labels))
 
-    def collate(self, items): return collate_text(items, self.processor.pad_token_id)
+@patch
+def collate(self:TextJob, items): return collate_text(items, self.processor.pad_token_id)
 
 # %% ../../nbs/11a_text_job.ipynb #787cabcd
 @patch

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['format_minutes', 'estimate', 'warn_stale', 'begin_run', 'end_progress', 'log_progress', 'broadcast', 'is_ready',
-           'clear_checkpoints', 'longest_first', 'train_missing', 'default_workers', 'helper_processes']
+           'finish_run', 'longest_first', 'train_missing', 'default_workers', 'helper_processes']
 
 # %% ../../nbs/03c_queue.ipynb #1b1ea97f
 import json,os,subprocess,sys,time
@@ -87,8 +87,9 @@ def is_ready(run, after, run_of, needed, keys)->bool:
         raise RuntimeError(f'{run.cell} needs {r.cell}, which is not among the cells')
     return not first
 
-def clear_checkpoints(run):
-    "Delete the checkpoints of `run` if it is done: not before, because a killed process still needs them"
+def finish_run(run, result): # None if `run` has recorded its result
+    "Record `result`; then delete the checkpoints: not before, because a killed process still needs them"
+    if result is not None: run.finish(result)
     if not (is_main() and run.done): return
     for checkpoint in list_checkpoints(run.folder/'train'): delete_checkpoint(checkpoint)
 
@@ -127,8 +128,7 @@ def train_missing(cells, fn, store, data, # hash of the data of a run, or a dict
                 missing = [runs[i] for i in todo if needed(runs[i])]
                 if is_main(): begin_run(r, store, bar, missing, stale(r), workers)
                 result = fn(r.cell, r)
-                if result is not None: r.finish(result)
-                clear_checkpoints(r)
+                finish_run(r, result)
                 if not broadcast(r.done): raise RuntimeError(f'{r.cell} has no result: `fn` must return one')
         finally:
             if is_main(): r.release()

@@ -221,6 +221,7 @@ def show_reproduce(names, scale, seeds, publish, retrain, force, workers, dry_ru
     table = agreement(folder)
     if len(table): print('Compared with the committed results:', table.to_string(), sep='\n')
 
+# %% ../../nbs/09c_reproduce.ipynb #302b8162
 def result_folder(out:str)->Path:
     "Folder `out`, or that of the published results; FileNotFoundError if it does not exist"
     check_checkout()
