@@ -281,7 +281,7 @@ def _from_hub(task:str, drop:bool, seed:int)->tuple: # frame, name
     return check_text_rows(read_hub(task), task, HUB[task][0], seed, drop, keep=True), name
 
 def read_text_task(path,             # a file, a folder, 'hub', or '': the stand-in (at scale paper the hub)
-                   task:str,         # 'qnli', 'qqp', 'sst2' or 'imdb'
+                   task:str,         # 'qnli', 'qqp', 'sst2', 'imdb', or with `path` a name of your own
                    cache,            # folder for generated stand-ins
                    scale:str='demo', # 'smoke', 'demo' or 'paper'
                    drop:bool=False,  # remove bad rows and print them instead of raising an error
@@ -289,7 +289,7 @@ def read_text_task(path,             # a file, a folder, 'hub', or '': the stand
                    max_train:int=None, max_eval:int=None, # rows
                    seed:int=0)->pd.DataFrame: # text, text_b (None unless pairs), label, split
     "The checked examples of `task`, `attrs` with `data` and `hash`; DataError names file and row of bad ones"
-    check_name(task, HAS_PAIRS, 'task')
+    if path in ('','hub'): check_name(task, HAS_PAIRS, 'task')
     if not path and scale!='paper':
         df = read_stand_in(task, cache, scale, seed)
         name = f'{task} stand-in'

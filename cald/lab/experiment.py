@@ -22,7 +22,7 @@ from ..files import check_name
 from ..guidance import Unguided
 from ..hidden_states import RecordStates
 from . import plots
-from .grid import cell,settings
+from .grid import cell,for_task,settings
 from .queue import helper_processes,train_missing
 from .recipe import (FirstEstimate,LogTo,MODES,Recipe,TableDistiller,chance_score,draw_share,
                              evenly_spaced,guidance_for,save_model,start_from,training_args)
@@ -64,6 +64,11 @@ class Experiment:
                'init','reset','reuse','start','aligned','align','lr_align','rates','lr_transferred',
                'lr_mixers','keep')  # settings that standard models do not use
 
+    def __init__(self, own:dict=None): # arguments of `add_task`, for a task of the user's own
+        self.own = own
+        if own: self.add_task(**own)
+
+    def add_task(self, **own): raise NotImplementedError # sets `tasks` and declares its settings
     def read(self, tasks, **kwargs)->dict: raise NotImplementedError # task -> checked data with its `hash`
     def labels(self, data, task): raise NotImplementedError # describes the labels for the heads
     def part(self, data, task, split): raise NotImplementedError # data set of train, dev or test
@@ -73,6 +78,7 @@ class Experiment:
     def collate(self, items)->dict: raise NotImplementedError # a batch
     def mixer_args(self, mixer, r)->dict: return {} # arguments of `convert`
     def prepared(self, student): return student # last change before training
+    def chance(self, ds)->float: return chance_score(ds) # of a metric where higher is better
     def task_loss(self, model, labels): return None # None: the model's; `total=True`: a sum
     def trajectory(self, r)->dict: return {} # arguments of `Trajectory`
     def cost(self, run)->float: return self.recipe(**run.settings).cost(run.cell.mode)
@@ -172,7 +178,7 @@ def train_cell(self:Experiment, c, run, data, store)->dict:
         result[f'dev_{task.metric}'] = trainer.state.best_metric
         result['best_step'] = trainer.state.best_global_step
     result |= self.judge(model, sets['test'])
-    if task.higher: result['chance'] = chance_score(sets['test'])
+    if task.higher: result['chance'] = self.chance(sets['test'])
     save_model(model, run.folder/'model')
     return result
 
@@ -181,15 +187,15 @@ def train_cell(self:Experiment, c, run, data, store)->dict:
 def grid(self:Experiment, tasks:list, modes:list, # names of rows
          seeds:list, source:str, scale:str,
          rows:dict=None, # replaces the rows of the table
-         **overrides)->list:
+         **overrides)->list: # settings, or a dict from task to the setting
     "The cells of the table as (row, cell), seed by seed"
     known = rows or self.rows
     for t in tasks: check_name(t, self.tasks, 'task')
     for m in modes: check_name(m, known, 'mode')
     common = dict(source=source, mixer=self.mixer, scale=scale)
     def row_cell(row, task, seed):
-        changes = {k: v[task] if isinstance(v, dict) else v for k,v in known[row].items()}
-        c = cell(task, **{**common, 'seed':seed, **overrides, 'mode':row, **changes})
+        changes = {**for_task(overrides, task), 'mode':row, **for_task(known[row], task)}
+        c = cell(task, **{**common, 'seed':seed, **changes})
         return self.standard_cell(c) if c.mode=='standard' else c
     chosen = [m for m in known if m=='standard' or m in modes]
     return [(m, row_cell(m, t, s)) for s in seeds for m in chosen for t in tasks]
@@ -204,10 +210,10 @@ def train_cells(self:Experiment, cells, data:dict, store, retrain:bool=False, wo
     return train_missing(cells, train, store, hashes, retrain=retrain, after=first, workers=workers)
 
 def train_as_helper(experiment:str, # 'module:class'
-                    data_args:dict, grid_args:dict, runs, retrain:bool=False, workers:int=1):
+                    data_args:dict, grid_args:dict, runs, retrain:bool=False, workers:int=1, own:dict=None):
     "The work of a helper process: train those cells of the grid that no other process trains"
     module,name = experiment.split(':')
-    exp = getattr(importlib.import_module(module), name)()
+    exp = getattr(importlib.import_module(module), name)(own)
     cells = [c for _,c in exp.grid(**grid_args)]
     exp.train_cells(cells, exp.read(**data_args), Store(runs, exp.modules), retrain, workers)
 
@@ -224,7 +230,7 @@ def train(self:Experiment,
     module = type(self).__module__
     if module=='__main__': module = self.modules[-1] # the module that the notebook exports
     name = f'{module}:{type(self).__name__}'
-    work = dict(experiment=name, data_args=data_args, grid_args=grid_args, runs=str(store.root))
+    work = dict(experiment=name, own=self.own, data_args=data_args, grid_args=grid_args, runs=str(store.root))
     helper = 'cald.lab.experiment:train_as_helper'
     with helper_processes(n-1, helper, store.root, **work, retrain=retrain, workers=n):
         return self.train_cells(cells, data, store, retrain, n).assign(row=rows)
@@ -285,8 +291,7 @@ def curves(self:Experiment, results, store)->pd.DataFrame:
         metric = f'eval_{self.tasks[r.task].metric}'
         if metric not in logged: continue
         for step,value in logged[['step',metric]].dropna().values:
-            found = dict(task=r.task, mode=r.row, seed=r.seed)
-            rows.append(dict(found, step=int(step), value=value))
+            rows.append(dict(task=r.task, mode=r.row, seed=r.seed, step=int(step), value=value))
     return pd.DataFrame(rows, columns=['task','mode','seed','step','value'])
 
 @patch

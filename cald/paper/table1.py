@@ -17,13 +17,13 @@ from transformers import AutoModelForSequenceClassification
 from ..data.text import read_text_task
 from ..files import check_name
 from ..lab.experiment import Experiment,STARTED,Task
-from ..lab.grid import cell,scale_settings,settings
+from ..lab.grid import cell,for_task,scale_settings,SETTINGS,settings
 from ..lab.plots import split_title
-from ..lab.recipe import Recipe
+from ..lab.recipe import chance_score,Recipe
 from ..lab.results import paper_numbers
 from ..pretrained import load_pretrained
-from ..tasks.text import (BASELINE,collate_text,load_classifier,predict_text,read_tokenizer,text_scores,
-                             TextData)
+from ..tasks.text import (BASELINE,collate_text,load_classifier,number_scores,predict_text,read_numbers,
+                             read_tokenizer,text_scores,TextData)
 
 # %% ../../nbs/06_nlp.ipynb #a133b23c
 SHARES = ['none','kv','layer']
@@ -107,7 +107,8 @@ class Nlp(Experiment):
         'target, aligned, k 64': dict(STARTED['target, aligned'], k=64),
         'target, aligned, Mamba2': dict(STARTED['target, aligned'], mixer='mamba2', steps_student=1200)}
     modules = [*Experiment.modules, 'cald.tasks.text', 'cald.paper.table1']
-    metrics = dict(accuracy='accuracy', f1='F1')
+    metrics = dict(accuracy='accuracy', f1='F1', correlation='rank correlation', rmse='RMSE')
+    numbers = False # regression
     student = (*Experiment.student, 'k', 'share', 'lr_teacher', 'cycle', 'random_student')
 
     def labels(self, data, task): return data.classes
@@ -118,26 +119,47 @@ class Nlp(Experiment):
     def collate(self, items): return collate_text(items, self.processor.pad_token_id)
     def source(self, c, r, labels):
         random = r.random or (r.random_student and c.mode!='standard')
-        return load_classifier(c.source, len(labels), r.dropout, random)
+        return load_classifier(c.source, len(labels) or 1, r.dropout, random)
     def judge(self, model, ds):
-        predicted = predict_text(model, ds, self.processor.pad_token_id)
-        return text_scores(predicted, torch.tensor([o['labels'] for o in ds]), model.config.num_labels)
+        predicted = predict_text(model, ds, self.processor.pad_token_id, self.numbers)
+        true = torch.tensor([o['labels'] for o in ds])
+        if self.numbers: return number_scores(predicted, true)
+        return text_scores(predicted, true, model.config.num_labels)
 
 # %% ../../nbs/06_nlp.ipynb #f4cf6e25
 @patch
 def read(self:Nlp, tasks:list, source:str, cache, scale:str='demo',
          task_data:dict=None, # task -> path of the user's data
-         length:int=None,     # most tokens of an example; None: that of the scale
+         length=None,         # most tokens of an example, or task -> tokens; None: that of the scale
          **kwargs)->dict:  # of `read_text_task`
     "The `TextData` of each of `tasks`"
-    lengths = {t: length or settings(cell(t, scale=scale))['length'] for t in tasks}
+    given = {t: for_task(dict(length=length), t) for t in tasks}
+    lengths = {t: settings(cell(t, scale=scale, **given[t]))['length'] for t in tasks}
     self.processor = read_tokenizer(source, max(lengths.values()))
     data = {}
     for t in tasks:
         path = (task_data or {}).get(t, '')
-        examples = read_text_task(path, t, cache=cache, scale=scale, **kwargs)
-        data[t] = TextData(examples, self.processor, lengths[t], source)
+        if self.numbers: examples = read_numbers(path, t, kwargs.get('drop', False), kwargs.get('files', ''))
+        else: examples = read_text_task(path, t, cache=cache, scale=scale, **kwargs)
+        data[t] = TextData(examples, self.processor, lengths[t], source, self.numbers)
     return data
+
+# %% ../../nbs/06_nlp.ipynb #06aa0002
+@patch
+def add_task(self:Nlp, name:str,
+             numbers:bool=False, # labels are numbers: regression
+             like:str='sst2'):   # the task whose settings it has
+    "Replace the tasks by one of the user's own; ValueError for the name of a task of the paper"
+    if name in Nlp.tasks: raise ValueError(f'{name} is a task of Table 1: call your own by another name')
+    title,metric = ('rank correlation','correlation') if numbers else ('accuracy %','accuracy')
+    self.tasks = {name: Task(name, f'{name}, {title}', metric, True)}
+    self.numbers = numbers
+    scale_settings(name, **SETTINGS[like])
+
+@patch
+def chance(self:Nlp, ds)->float:
+    "The score of a guess: the share of the most frequent label, or a rank correlation of 0"
+    return 0. if self.numbers else chance_score(ds)
 
 # %% ../../nbs/06_nlp.ipynb #e79471af
 @patch
@@ -231,7 +253,7 @@ HYPER = dict( # setting: name, column of the paper's Table 4, how we chose it at
 # %% ../../nbs/06_nlp.ipynb #ce49e1fc
 def _hyper_parameters(task:str, scale:str, **overrides)->dict:
     "The settings of `task`, with the learning rates that follow from others filled in"
-    s = settings(cell(task, scale=scale, **overrides))
+    s = settings(cell(task, scale=scale, **for_task(overrides, task)))
     unguided = CHOSEN.get(scale, {}).get('unguided', {})
     return {**s, 'lr_teacher':s['lr_teacher'] or s['lr'], 'lr_unguided':unguided.get(task, s['lr_student'])}
 
@@ -242,9 +264,10 @@ def table4(tasks, scale:str, **overrides)->pd.DataFrame:
     for key,(name,column,*chosen_by) in HYPER.items():
         for t in tasks:
             ours = _hyper_parameters(t, scale, **overrides)[key]
-            title = split_title(Nlp.tasks[t].title)[0]
+            title = split_title(Nlp.tasks[t].title)[0] if t in Nlp.tasks else t
+            how = chosen_by[scale=='paper'] if t in Nlp.tasks else 'as for SST2'
             rows.append(dict(setting=name, task=t,
                              paper=published.get((title, column)) if column else None,
                              ours=f'{ours:.6g}' if isinstance(ours, float) else ours,
-                             how='given' if key in overrides else chosen_by[scale=='paper']))
+                             how='given' if key in overrides else how))
     return pd.DataFrame(rows)
