@@ -8,7 +8,8 @@ from cald.lab.recipe import MODES
 from cald.data.tables import DataError
 from cald.tasks.speech import SPEECH_TASKS as TASKS
 from cald.paper.table3 import smoke_wav2vec2,Speech
-from cald.tasks.speech import collate_speech,load_trained,make_corpus,predict_speech,read_data
+from cald.tasks.corpora import make_corpus,read_data
+from cald.tasks.speech import collate_speech,load_trained,predict_speech,SPEECH_TASKS
 from common import check_interrupted, train
 
 exp = Speech()
@@ -131,9 +132,9 @@ def test_a_bad_row_stops_everything_before_training_and_is_named(data, tmp_path,
     df = pd.read_csv(home/'manifest.tsv', sep='\t', dtype=str)
     for k,v in wrong.items(): df.loc[3,k] = v
     df.to_csv(home/'wrong.tsv', sep='\t', index=False)
-    with pytest.raises(DataError, match=message) as e: make_corpus(read_data(str(home/'wrong.tsv'), 'asr', tmp_path), 'asr', source, tmp_path)
+    with pytest.raises(DataError, match=message) as e: make_corpus(read_data(str(home/'wrong.tsv'), 'asr', tmp_path), SPEECH_TASKS['asr'], source, tmp_path)
     assert 'row 5' in str(e.value)
-    kept = make_corpus(read_data(str(home/'wrong.tsv'), 'asr', tmp_path), 'asr', source, tmp_path, drop=True)
+    kept = make_corpus(read_data(str(home/'wrong.tsv'), 'asr', tmp_path), SPEECH_TASKS['asr'], source, tmp_path, drop=True)
     assert len(kept.df)==len(df)-1 and len(kept.left_out)==1
 
 def test_data_that_is_not_there(tmp_path):

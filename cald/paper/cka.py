@@ -23,6 +23,7 @@ from ..tasks.text import smoke_roberta
 from ..lab.plots import PAGE_WIDTH
 from ..lab.recipe import start_from
 from ..files import cache_folder,check_name
+from ..lab.data_file import read_data_file
 from ..lab.store import Store
 from ..hidden_states import collect_states,stage_paths
 
@@ -180,27 +181,34 @@ class Study:
     data_args:dict
     data:dict
     store:Store
+    settings:dict # setting -> task -> value, of the data file
     results:pd.DataFrame=None
 
     def train(self, modes, seeds, rows=None, steps=0, workers=1, retrain=False)->pd.DataFrame:
         "The results of `modes`, rows of the table or of `rows`; trains missing runs"
         grid_args = {k: self.data_args[k] for k in ('tasks','source','scale')}
-        grid_args |= dict(modes=list(modes), seeds=seeds, rows=rows)
-        grid_args |= dict(steps=steps or None, steps_student=steps or None)
+        grid_args |= dict(self.settings, modes=list(modes), seeds=seeds, rows=rows)
+        if steps: grid_args |= dict(steps=steps, steps_student=steps)
         return self.exp.train(self.data_args, grid_args, self.data, self.store, retrain, workers)
 
 def read_study(kind:str, # of `KINDS`
                tasks, modes, seeds, scale, source='', runs='',
+               data_file='', # TOML file, see `cald.lab.data_file`
                **kwargs, # of `train`
               )->Study:
     "Read the data and the runs of one table, and train missing runs"
     make,sources,smoke_source = KINDS[check_name(kind, KINDS, 'kind of study')]
     exp = make()
     cache = cache_folder()
-    source = source or (smoke_source(cache) if scale=='smoke' else sources[scale])
+    given = read_data_file(data_file, scale)
+    source = source or given.source(kind) or (smoke_source(cache) if scale=='smoke' else sources[scale])
     data_args = dict(tasks=tasks, source=source, cache=str(cache), scale=scale)
-    if kind=='speech': data_args |= dict(keep=scale!='paper', drop=scale=='smoke')
-    study = Study(kind, exp, data_args, exp.read(**data_args), Store(runs or None, exp.modules))
+    settings = given.overrides(kind)
+    if kind=='lm': data_args |= dict(given.settings.get('lm', {}), path=given.data.get('lm', ''))
+    else: data_args['task_data'] = given.paths(kind)
+    if kind=='text': data_args['length'] = settings.get('length')
+    if kind=='speech': data_args |= dict(keep=scale!='paper', drop=scale=='smoke' and not given.paths(kind))
+    study = Study(kind, exp, data_args, exp.read(**data_args), Store(runs or None, exp.modules), settings)
     study.results = study.train(modes, seeds, **kwargs)
     return study
 

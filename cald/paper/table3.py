@@ -6,7 +6,7 @@
 __all__ = ['SOURCES', 'SpeechRecipe', 'Speech', 'smoke_wav2vec2']
 
 # %% ../../nbs/05_speech.ipynb #b49d6c6a
-from dataclasses import asdict,dataclass
+from dataclasses import asdict,dataclass,replace
 from pathlib import Path
 
 from fastcore.basics import patch
@@ -16,10 +16,12 @@ from transformers import Wav2Vec2Config,Wav2Vec2FeatureExtractor,Wav2Vec2Model
 from ..distill import seed_all
 from ..lab.experiment import Experiment
 from ..lab.recipe import Recipe,save_model
-from ..lab.grid import scale_settings
+from ..lab.grid import scale_settings,SETTINGS
 from ..tasks.front_end import take_frames
-from ..tasks.speech import (collate_speech,load_trained,load_wav2vec2,make_corpus,predict_speech,read_data,
-                               speech_loss,speech_scores,SPEECH_TASKS)
+from ..files import check_name
+from ..tasks.corpora import make_corpus,read_data
+from ..tasks.speech import (collate_speech,load_trained,load_wav2vec2,predict_speech,speech_loss,
+                               speech_scores,SPEECH_TASKS)
 
 # %% ../../nbs/05_speech.ipynb #ae9d7b85
 @dataclass(frozen=True)
@@ -63,7 +65,8 @@ class Speech(Experiment):
     tasks = SPEECH_TASKS
     recipe = SpeechRecipe
     processor = Wav2Vec2FeatureExtractor()
-    modules = [*Experiment.modules, 'cald.tasks.front_end', 'cald.tasks.speech', 'cald.paper.table3']
+    modules = [*Experiment.modules, 'cald.tasks.front_end', 'cald.tasks.speech', 'cald.tasks.corpora',
+               'cald.paper.table3']
     metrics = dict(wer='WER', cer='CER', joint='accuracy', slots='slot accuracy')
     student = (*Experiment.student, 'd_state', 'headdim')
 
@@ -88,7 +91,8 @@ class Speech(Experiment):
     def table(self, results, row='row'):
         s = super().table(results, row)
         # the other tasks have one label column: both accuracies are equal
-        keep = (s.task=='intent') | (s.metric!='slot accuracy')
+        intents = s.task.map({name: t.kind=='intent' for name,t in self.tasks.items()})
+        keep = intents | (s.metric!='slot accuracy')
         return s[keep].reset_index(drop=True)
 
 # %% ../../nbs/05_speech.ipynb #05000026
@@ -96,13 +100,25 @@ class Speech(Experiment):
 def read(self:Speech, tasks:list, source:str, cache,
          data:str='',         # data of all tasks
          task_data:dict=None, # task -> its data, which goes before `data`
-         scale:str='demo', keep:bool=True, drop:bool=False)->dict:
+         scale:str='demo', keep:bool=True, drop:bool=False,
+         normalise:str='none' # transcripts of manifests; of `NORMALISE`
+        )->dict:
     "task -> its checked `SpeechCorpus`"
     corpora = {}
-    for t in tasks:
-        df = read_data((task_data or {}).get(t) or data, t, cache, scale)
-        corpora[t] = make_corpus(df, t, source, cache, keep, drop)
+    for name in tasks:
+        t = self.tasks[name]
+        df = read_data((task_data or {}).get(name) or data, t.kind, cache, scale, normalise)
+        corpora[name] = make_corpus(df, t, source, cache, keep, drop)
     return corpora
+
+@patch
+def add_task(self:Speech, name:str,
+             kind:str): # the task of the paper that it is like, and whose settings it has
+    "Replace the tasks by one of the user's own; ValueError for the name of a task of the paper"
+    if name in SPEECH_TASKS: raise ValueError(f'{name} is a task of Table 3: call your own by another name')
+    like = SPEECH_TASKS[check_name(kind, SPEECH_TASKS, 'kind of task')]
+    self.tasks = {name: replace(like, name=name, title=like.title.replace(like.title.split(',')[0], name), own=True)}
+    scale_settings(name, **SETTINGS[kind])
 
 # %% ../../nbs/05_speech.ipynb #89435f67
 def smoke_wav2vec2(folder, seed:int=0)->str:
