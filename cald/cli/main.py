@@ -144,6 +144,7 @@ def bench(model:str, # folder of a converted model
 # %% ../../nbs/11f_main.ipynb #3c607507
 def reproduce(names:tuple=('all',), # results (see status), or a group: all, questions, more
               scale:str='demo', # smoke, demo or paper
+              data:str='', # TOML file of sources, data and settings (see nbs/03h_data_file.ipynb)
               seeds:int=3, # trainings of each cell
               publish:bool=False, # write to paper_figures/ instead of runs/SCALE/
               retrain:bool=False, # repeat trainings whose code has changed
@@ -153,7 +154,7 @@ def reproduce(names:tuple=('all',), # results (see status), or a group: all, que
              ):
     "Make the tables and figures that are missing; finished trainings are not repeated"
     from cald.paper.reproduce import show_reproduce
-    show_reproduce(names, scale, seeds, publish, retrain, force, workers, dry_run)
+    show_reproduce(names, scale, seeds, publish, retrain, force, workers, dry_run, data)
 
 def status(names:tuple=(), # results, or a group; default: every result
            out:str='', # folder of the results; default: paper_figures/

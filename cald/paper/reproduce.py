@@ -17,11 +17,13 @@ import pandas as pd
 from filelock import FileLock,Timeout
 
 # %% ../../nbs/09c_reproduce.ipynb #5a2f9f3a
-from ..files import check_name,project_folder,read_json,runs_folder
+from ..files import cache_folder,check_name,project_folder,read_json,runs_folder
+from ..lab.data_file import read_data_file
 from ..lab.grid import SCALES
 from ..lab.queue import default_workers,format_minutes
 from ..lab.store import out_folder
 from .compare import against_paper,agreement,write_cards
+from .preflight import preflight
 from .status import (ARTEFACTS,accept,copy_data,data_paths,fill_placeholders,notebook_defaults,
                                result_state,select,shorten,stamp,status)
 
@@ -139,6 +141,7 @@ def make_together(group, folder, **params):
     copy_data(a)
     known = notebook_defaults(a.path)
     params = {**fill_placeholders(a.params), 'out':str(folder), **params}
+    if params.get('data_file'): params.setdefault('table', a.name)
     params = {k: v for k,v in params.items() if k in known}
     same_notebook = list({b.name: b for b in ARTEFACTS+group if b.notebook==a.notebook}.values())
     began = time.time()
@@ -175,20 +178,33 @@ def only_one():
         raise RuntimeError(message) from None
 
 # %% ../../nbs/09c_reproduce.ipynb #5d0b7c1e
+def _check_needs(artefacts, given, seeds, workers, dry):
+    "Print what a run at scale paper needs; ValueError if something is missing, unless it is a `dry` run"
+    needs = preflight(artefacts, given, seeds, workers or default_workers(), cache_folder())
+    for r in needs.itertuples(): print(f'  {r.need}: {r.state} ({r.result})')
+    missing = needs[needs.state.str.startswith('missing')].need.tolist()
+    if missing and not dry:
+        raise ValueError(f"missing: {', '.join(missing)}; name sources and data in a file, and pass --data FILE "
+                         '(see 03h_data_file)')
+
 def reproduce(names=('all',), scale='demo', seeds=3, publish=False, retrain=False, force=False, workers=0,
-              dry=False, artefacts=None)->Path:
+              dry=False, data='', artefacts=None)->Path:
     "Make the missing results called `names` and return their folder; RuntimeError if a notebook fails"
     folder = reproduce_folder(check_name(scale, SCALES, 'scale'), publish)
     if scale=='smoke': seeds = 1
+    if data: data = str(Path(data).expanduser().resolve())
+    given = read_data_file(data, scale)
     todo = plan(names, scale, seeds, folder, retrain, artefacts)
     _check_plan(todo, names, folder, seeds, force or scale=='smoke')
     print(f'Scale {scale}, seeds: {seeds}, results in {os.path.relpath(folder)}/')
     work = print_plan(todo, scale, seeds, workers or default_workers())
+    if scale=='paper': _check_needs([a for group in work for a in group], given, seeds, workers, dry)
     kept = ', '.join(a.name for a in todo.artefact[todo.action=='keep'])
     if not work: print(f'Nothing was run: pass --retrain to rerun {kept}.' if kept else 'Nothing to do.')
     elif dry: print('Nothing was run.')
     if dry or not work: return folder
-    options = dict(scale=scale, seeds=list(range(seeds)), retrain=retrain, force=force, workers=workers)
+    options = dict(scale=scale, seeds=list(range(seeds)), retrain=retrain, force=force, workers=workers,
+                   data_file=data)
     with only_one():
         for i,group in enumerate(work, 1):
             names = ' '.join(a.name for a in group)
@@ -211,12 +227,12 @@ def check_checkout():
         raise ValueError('the installed cald is not the one of this checkout: run `pip install -e .` in it, '
                          'or set PYTHONPATH')
 
-def show_reproduce(names, scale, seeds, publish, retrain, force, workers, dry_run):
+def show_reproduce(names, scale, seeds, publish, retrain, force, workers, dry_run, data=''):
     "Make results, and compare them with the committed ones; arguments as of `cald reproduce`"
     check_checkout()
     if seeds<1: raise ValueError('--seeds must be at least 1')
     if workers<0: raise ValueError('--workers cannot be negative')
-    folder = reproduce(names, scale, seeds, publish, retrain, force, workers, dry_run)
+    folder = reproduce(names, scale, seeds, publish, retrain, force, workers, dry_run, data)
     if scale!='demo' or dry_run: return
     table = agreement(folder)
     if len(table): print('Compared with the committed results:', table.to_string(), sep='\n')
