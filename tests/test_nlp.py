@@ -9,6 +9,8 @@ from cald.distill import find_snapshots
 from cald.lab.recipe import MODES
 from cald.paper.table1 import CHOSEN,chosen,Nlp,SEARCH_SEED,table4
 from cald.data.tables import DataError
+from cald.lab.data_file import read_data_file
+from cald.lab.experiment import train_as_helper
 from cald.lab.grid import settings
 from cald.lab.store import Store
 from cald.data.text import read_text_task
@@ -281,3 +283,37 @@ def test_real_data_are_read_and_train(home, source, tmp_path, task, files):
 def test_the_baseline_on_real_sentences(home):
     df = read_text_task(str(data_folder('sst2')), 'sst2', home/'cache', files='sentences', drop=True)
     assert 78<tfidf_baseline(df)['accuracy']<85
+
+# ---- tasks of the user's own, and settings by task
+
+@pytest.mark.parametrize('numbers', [False,True])
+def test_an_own_table_of_classes_or_numbers_is_a_task_of_its_own(source, tmp_path, numbers):
+    df = rows(90, (BAD,GOOD,['so','la','di']))
+    if numbers: df['label'] = df.label.astype(float)+.5
+    data_args = dict(tasks=['films'], source=source, cache=str(tmp_path), scale='smoke', task_data=dict(films=write(tmp_path/'films.tsv', df)))
+    own = Nlp(dict(name='films', numbers=numbers))
+    data = own.read(**data_args)
+    grid_args = dict(tasks=['films'], modes=['standard','target'], seeds=[0], source=source, scale='smoke', steps=2, steps_student=2)
+    train_as_helper('cald.paper.table1:Nlp', data_args, grid_args, tmp_path/'runs', own=own.own)
+    results = own.train(data_args, grid_args, data, Store(tmp_path/'runs', own.modules))
+    assert all(len(r['sessions'])==1 for r in results.record), 'the helper has trained them'
+    model = own.load(Store(tmp_path/'runs').behind(results.record[1]).folder/'model')
+    assert model.config.num_labels==(1 if numbers else 3)
+    assert set(own.table(results).metric)==({'rank correlation','RMSE'} if numbers else {'accuracy'})
+    if numbers: assert results.chance.tolist()==[0.,0.]
+
+def test_numbers_that_are_none_are_named_before_training(source, tmp_path):
+    df = rows(40).assign(label=[*map(str, range(39)),'many'])
+    own = Nlp(dict(name='films', numbers=True))
+    with pytest.raises(DataError, match='row 41.*not a finite number'): own.read(['films'], source, tmp_path, 'smoke', dict(films=write(tmp_path/'films.tsv', df)))
+
+def test_a_data_file_sets_each_task_alone(source, tmp_path):
+    file = tmp_path/'data.toml'
+    file.write_text(f"[sources]\ntext = '{source}'\n[sst2]\nbatch = 3\nlength = 20\n")
+    given = read_data_file(file, 'demo')
+    cells = {c.task: c for _,c in Nlp().grid(['sst2','qnli'], ['target'], [0], given.source('text'), 'demo', **given.overrides('text')) if c.mode=='target'}
+    assert [settings(cells[t])[k] for t in ('sst2','qnli') for k in ('batch','length')]==[3,20,16,128]
+    settings_of = table4(['sst2','qnli'], 'demo', **given.overrides('text')).set_index(['setting','task']).ours
+    assert (settings_of['micro-batch','sst2'],settings_of['micro-batch','qnli'])==(3,16)
+    file.write_text('[sst2]\nbatch = "3"\n')
+    with pytest.raises(ValueError, match='data.toml.*batch'): read_data_file(file, 'demo')

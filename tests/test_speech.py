@@ -3,13 +3,14 @@ from pathlib import Path
 import numpy as np, pandas as pd, pytest, soundfile as sf, torch, torch.nn.functional as F
 from cald.lab.grid import cell,run_key
 from cald.lab.queue import helper_processes
+from cald.lab.experiment import train_as_helper
 from cald.lab.store import Store
 from cald.lab.recipe import MODES
 from cald.data.tables import DataError
 from cald.tasks.speech import SPEECH_TASKS as TASKS
 from cald.paper.table3 import smoke_wav2vec2,Speech
 from cald.tasks.corpora import make_corpus,read_data
-from cald.tasks.speech import collate_speech,load_trained,predict_speech,SPEECH_TASKS
+from cald.tasks.speech import collate_speech,load_trained,predict_speech
 from common import check_interrupted, train
 
 exp = Speech()
@@ -132,11 +133,40 @@ def test_a_bad_row_stops_everything_before_training_and_is_named(data, tmp_path,
     df = pd.read_csv(home/'manifest.tsv', sep='\t', dtype=str)
     for k,v in wrong.items(): df.loc[3,k] = v
     df.to_csv(home/'wrong.tsv', sep='\t', index=False)
-    with pytest.raises(DataError, match=message) as e: make_corpus(read_data(str(home/'wrong.tsv'), 'asr', tmp_path), SPEECH_TASKS['asr'], source, tmp_path)
+    with pytest.raises(DataError, match=message) as e: make_corpus(read_data(str(home/'wrong.tsv'), 'asr', tmp_path), TASKS['asr'], source, tmp_path)
     assert 'row 5' in str(e.value)
-    kept = make_corpus(read_data(str(home/'wrong.tsv'), 'asr', tmp_path), SPEECH_TASKS['asr'], source, tmp_path, drop=True)
+    kept = make_corpus(read_data(str(home/'wrong.tsv'), 'asr', tmp_path), TASKS['asr'], source, tmp_path, drop=True)
     assert len(kept.df)==len(df)-1 and len(kept.left_out)==1
 
 def test_data_that_is_not_there(tmp_path):
     with pytest.raises(FileNotFoundError, match='does not exist'): read_data(str(tmp_path/'none'), 'asr', tmp_path)
     with pytest.raises(ValueError, match='needs data'): read_data('', 'asr', tmp_path, 'paper')
+
+# ---- tasks of the user's own
+
+@pytest.mark.parametrize('kind', TASKS)
+def test_an_own_manifest_is_a_task_of_its_own(data, tmp_path, kind):
+    "With its name, its labels and, for transcripts, its alphabet; helper processes know it, too"
+    home,source,_ = data
+    df = pd.read_csv(home/'manifest.tsv', sep='\t', dtype=str)
+    df['text'] = df.text.str.upper()+'!'
+    df.to_csv(home/'own.tsv', sep='\t', index=False)
+    own = Speech(dict(name='calls', kind=kind))
+    data_args = dict(tasks=['calls'], source=source, cache=str(tmp_path), data=str(home/'own.tsv'), scale='smoke')
+    corpora = own.read(**data_args)
+    if kind=='asr': assert corpora['calls'].part(own.tasks['calls'], 'train').labels.chars[:3]=='|!E'
+    grid_args = dict(tasks=['calls'], modes=['standard','target'], seeds=[0], source=source, scale='smoke', steps=2, steps_student=2)
+    train_as_helper('cald.paper.table3:Speech', data_args, grid_args, tmp_path/'runs', own=own.own)
+    store = Store(tmp_path/'runs', own.modules)
+    results = own.train(data_args, grid_args, corpora, store)
+    assert all(len(r['sessions'])==1 for r in results.record), 'the helper has trained them'
+    table = own.table(results)
+    assert set(table.task)=={'calls'} and ('slot accuracy' in set(table.metric))==(kind=='intent')
+
+def test_transcripts_are_normalised_as_asked(data, tmp_path):
+    home,_,_ = data
+    df = pd.read_csv(home/'manifest.tsv', sep='\t', dtype=str)
+    df.assign(text=df.text.str.upper()+'!').to_csv(home/'loud.tsv', sep='\t', index=False)
+    read = lambda how: read_data(str(home/'loud.tsv'), 'asr', tmp_path, normalise=how).text[0]
+    assert (read('none'),read('lower'),read('letters'))==(df.text[0].upper()+'!', df.text[0]+'!', df.text[0])
+    with pytest.raises(ValueError, match='letters'): read('leters')
