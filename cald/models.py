@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['MIXERS', 'MIXER_CLASSES', 'LOAD_HINT', 'FAMILIES', 'Replacement', 'LinformerReplacement', 'Family', 'make_mixers',
-           'ConvertedConfig', 'count_outputs', 'Converted', 'register', 'register_head', 'MixerCacheLayer',
-           'mixer_cache_layer']
+           'ConvertedConfig', 'count_outputs', 'Converted', 'register', 'register_head']
 
 # %% ../nbs/00e_models.ipynb #1867bb9a
-import ast,json,sys
+import ast,sys
 from contextvars import ContextVar
 from dataclasses import dataclass,field
 from inspect import getsource,signature,unwrap
@@ -18,10 +17,10 @@ from typing import get_args
 import torch,transformers
 from fastcore.basics import patch,store_attr
 from torch import nn
-from transformers.cache_utils import Cache,CacheLayerMixin,DynamicLayer
 
-from .mixers import (Bidirectional,LinformerProjection,Mamba,Mamba2,MixerState,padding_mask,
-                         tokens_of)
+from .cache import mixer_cache_layer,MixerCacheLayer
+from .mixers import (Bidirectional,gather_rows,has_gaps,LinformerProjection,Mamba,Mamba2,padding_mask,
+                         tokens_first_order,tokens_of)
 from .ops import linformer_attention
 
 # %% ../nbs/00e_models.ipynb #fec1361f
@@ -32,26 +31,26 @@ class Replacement(nn.Module):
                  where:str,             # name of the attention module in the model, for error messages
                  outputs:int=2,         # number of values that the layer expects; the others are None
                  layer:int=None,        # number of its layer in a cache; None if it reads in both directions
-                 names:tuple=('hidden_states','attention_mask')): # of arguments that are given by position
+                 names:tuple=('hidden_states','attention_mask'), # of arguments that are given by position
+                 alone:bool=True): # no layer of the model has attention
         super().__init__()
-        store_attr('mixer,config,where,outputs,layer,names')
+        store_attr('mixer,config,where,outputs,layer,names,alone')
 
     def forward(self, *args, **kwargs):
         call = {**dict(zip(self.names, args)), **kwargs}
         hidden_states,attention_mask = call.pop(self.names[0]),call.pop('attention_mask', None)
-        past = next((call[k] for k in ('layer_past','past_key_values') if call.get(k) is not None), None)
         attentions = call.get('output_attentions')
+        past = next((call[k] for k in ('layer_past','past_key_values') if call.get(k) is not None), None)
         if past is not None and self.layer is None: self.refuse('has no key-value cache: set use_cache=False')
         if call.get('cache') is not None: self.refuse('does not support continuous batching')
         if call.get('encoder_hidden_states') is not None: self.refuse('has no cross-attention')
-        if self.config.output_attentions if attentions is None else attentions:
+        if self.alone and (self.config.output_attentions if attentions is None else attentions):
             self.refuse('has no attention weights: set output_attentions=False')
         for name in (k for k,v in call.items() if 'mask' in k and v is not None):
             self.refuse(f'does not know the argument {name}')
         b,l = hidden_states.shape[:2]
         memory = None if past is None else mixer_cache_layer(past, self.layer, l)
-        if memory is not None and isinstance(attention_mask, torch.Tensor):
-            attention_mask = attention_mask[...,-l:] # the columns of the new positions
+        if memory is not None: attention_mask = memory.own_columns(attention_mask, l)
         if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim==4:
             attention_mask = tokens_of(attention_mask)
             if attention_mask is None: self.refuse('cannot keep packed texts apart')
@@ -76,8 +75,11 @@ class LinformerReplacement(Replacement):
 
     def mix(self, x, mask):
         heads = (self.config.num_attention_heads, -1)
-        projected = [getattr(self, name)(x) for name in self.projections[:3]]
-        q,k,v = [t.unflatten(-1, heads).transpose(1,2) for t in projected]
+        q,k,v = [getattr(self, name)(x) for name in self.projections[:3]]
+        if has_gaps(mask, before=True):
+            order = tokens_first_order(mask)
+            k,v,mask = gather_rows(k, order),gather_rows(v, order),mask.gather(1, order)
+        q,k,v = [t.unflatten(-1, heads).transpose(1,2) for t in (q,k,v)]
         E,F = self.mixer(x.shape[1])
         dropout = self.dropout if self.training else 0.
         y = linformer_attention(q, k, v, E, F, mask, dropout, self.mixer.norm).transpose(1,2).flatten(2)
@@ -127,23 +129,24 @@ def make_mixers(config, # of a converted model
 # %% ../nbs/00e_models.ipynb #ce006d61
 _loading = ContextVar('cald_loading', default=False)
 LOAD_HINT = 'a model converted by cald: load it with its Auto class (AutoModelFor...), after `import cald`'
+_in_files = ('transformers_weights','auto_map') # fields that only a file has
 
 class ConvertedConfig:
     "Mixin before the source's configuration class: adds `cald`, and stops other classes from loading"
     cald = None
 
     def __post_init__(self, **kwargs):
-        kwargs.pop('transformers_weights', None)
-        super().__post_init__(**kwargs)
+        super().__post_init__(**{k: v for k,v in kwargs.items() if k not in _in_files})
 
     @property
     def transformers_weights(self): return None if _loading.get() else LOAD_HINT
 
     def to_json_file(self, json_file_path, use_diff=True):
-        fields = json.loads(self.to_json_string(use_diff=use_diff))
-        fields['transformers_weights'] = LOAD_HINT
-        with open(json_file_path, 'w', encoding='utf-8') as f:
-            f.write(json.dumps(fields, indent=2, sort_keys=True)+'\n')
+        from cald.pretrained import write_config # not above: that notebook comes later
+        write_config(self, json_file_path, use_diff, transformers_weights=LOAD_HINT)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class=None): pass # it would copy this module into saved folders
 
 # %% ../nbs/00e_models.ipynb #07fad220
 def count_outputs(attention:nn.Module)->int:
@@ -173,13 +176,13 @@ class Converted:
                 continue
             args = (mixer, config, names[i], count_outputs(attention))
             parameters = signature(unwrap(type(attention).forward)).parameters
-            given = dict(names=tuple(parameters)[1:]) # without self
+            alone = len(config.cald['layers'])==len(names) and not config.is_encoder_decoder
+            given = dict(names=tuple(parameters)[1:], alone=alone) # without self
             if config.cald['to']=='linformer': new = LinformerReplacement(*args, attention, family, **given)
             else: new = Replacement(*args, layer=i if family.causal else None, **given)
             self.set_submodule(names[i], new)
         self.set_mixers(mixers)
         if not mixers or config.is_encoder_decoder: return # the decoder and its cache are the source's
-        if hasattr(config, 'use_cache'): config.use_cache = False # `generate` asks for a cache
         if self.can_generate(): self.generation_config.use_cache = self._is_stateful = family.causal
 
     @classmethod
@@ -238,61 +241,12 @@ def register_head(family:str, # name of a registered family
     "Make models of the class `head` convertible"
     config = transformers.CONFIG_MAPPING[f'cald-{family}']
     doc = f'A {head.__name__} with mixers in place of its attention'
-    attributes = dict(config_class=config, __module__=__name__, __doc__=doc)
+    attributes = dict(config_class=config, __module__=__name__, __doc__=doc, auto=auto and auto.__name__)
     new = type(f'Cald{head.__name__}', (Converted,head), attributes)
     setattr(sys.modules[__name__], new.__name__, new)
     FAMILIES[family].students[head] = new
-    if auto: auto.register(config, new, exist_ok=True)
+    if auto:
+        auto.register(config, new, exist_ok=True)
+        names = auto._model_mapping._model_mapping # where Trainer and pipelines look for names
+        names[config.model_type] = new.__name__
     return new
-
-# %% ../nbs/00e_models.ipynb #3bb46ced
-class MixerCacheLayer(CacheLayerMixin):
-    "Cache entry of a converted layer: the state of its mixer, and the number of positions read, with pads"
-    supports_early_init = False
-    def __init__(self):
-        super().__init__()
-        self.reset()
-    def reset(self): self.state,self.seen = MixerState(),0
-
-    def read(self, mixer, x, mask): # as in `Recurrent.forward`
-        "Output of `mixer` for `x`, as the continuation of everything read before"
-        y,self.state = mixer(x, mask, self.state)
-        self.seen += x.shape[1]
-        return y
-
-    def get_seq_length(self): return self.seen
-    def get_mask_sizes(self, query_length): return self.seen+query_length,0 # columns of a mask, first column
-    def get_max_length(self): return -1
-    get_max_cache_shape = get_max_length # its name in earlier versions
-
-    def map_state(self, f): self.state = MixerState(*(t if t is None else f(t) for t in self.state))
-    def reorder_cache(self, beam_idx): self.map_state(lambda t: t.index_select(0, beam_idx.to(t.device)))
-    def batch_select_indices(self, indices): self.map_state(lambda t: t[indices])
-    def batch_repeat_interleave(self, repeats): self.map_state(lambda t: t.repeat_interleave(repeats, 0))
-
-    def crop(self, tokens_to_remove):
-        if tokens_to_remove:
-            raise ValueError('a converted layer cannot remove tokens from its state: continue from an '
-                             'earlier copy (copy.deepcopy), or use a method that removes none')
-
-    def lazy_initialization(self, *args):
-        raise TypeError('this cache layer holds the state of a mixer, from another model: use a new cache')
-    def update(self, *args, **kwargs): self.lazy_initialization()
-
-# %% ../nbs/00e_models.ipynb #0cf97f2f
-def mixer_cache_layer(cache:Cache, # of the model
-                      i:int,       # number of the converted layer
-                      length:int,  # number of positions that it is about to read
-                     )->MixerCacheLayer:
-    "Layer `i` of `cache`, new if it is empty; ValueError for other caches, or if its layers are out of step"
-    new_layer = getattr(cache, 'layer_class_to_replicate', None)
-    while new_layer and len(cache.layers)<=i: cache.layers.append(new_layer())
-    entry = cache.layers[i] if isinstance(cache, Cache) and i<len(cache.layers) else cache
-    if isinstance(entry, DynamicLayer) and not entry.get_seq_length():
-        entry = cache.layers[i] = MixerCacheLayer()
-    if not isinstance(entry, MixerCacheLayer):
-        kind = type(entry).__name__
-        raise ValueError(f'converted layer {i} needs a DynamicCache of its model, got a {kind}')
-    if i and cache.layers[0].get_seq_length()!=entry.seen+length: # layer 0 has already read these positions
-        raise ValueError('the layers of this cache have read different lengths (cropped?): use a new one')
-    return entry

@@ -45,15 +45,14 @@ def linformer_attention(q:Tensor, k:Tensor, v:Tensor, # (batch, heads, length, h
                         norm:str='length',            # of the mixtures: 'length' (the paper) or 'slots'
                        )->Tensor:                     # as `q`
     "Softmax attention of each query over mixtures of the keys; ValueError if pads come first"
-    if mask is not None and not mask[:,0].all():
+    if mask is not None and not torch.compiler.is_compiling() and not mask[:,0].all():
         raise ValueError('Linformer needs the padding at the end, and at least one token in each sample')
     attend = functools.partial(F.scaled_dot_product_attention, q, dropout_p=dropout)
     if norm=='length': return attend(mix_rows(k, E, mask), mix_rows(v, F_, mask))
     sizes = slot_sizes(E, mask)
-    keys = mix_rows(k, E, mask, sizes)
     values = mix_rows(v, F_, mask, slot_sizes(F_, mask))
     log_sizes = sizes.clamp(min=1e-6).log().masked_fill(sizes<1e-6, -math.inf) # no attention to empty slots
-    return attend(keys, values, attn_mask=log_sizes[:,None,None].to(q.dtype))
+    return attend(mix_rows(k, E, mask, sizes), values, attn_mask=log_sizes[:,None,None].to(q.dtype))
 
 # %% ../nbs/00_ops.ipynb #11e8e4dc
 def ssd_recurrence(x:Tensor,  # (batch, length, heads, headdim)
@@ -77,11 +76,14 @@ def ssd_recurrence(x:Tensor,  # (batch, length, heads, headdim)
     return y,S
 
 # %% ../nbs/00_ops.ipynb #e9a9e51c
-def decay_matrix(cum:Tensor)->Tensor: # (..., q) -> (..., q, q)
-    "exp of `cum[i]-cum[j]` where i >= j, else 0"
-    q = cum.shape[-1]
-    later = torch.ones(q, q, dtype=torch.bool, device=cum.device).triu(1)
-    exponent = cum[...,:,None]-cum[...,None,:]
+def decay_matrix(a:Tensor)->Tensor: # (..., q), none above 0 -> (..., q, q)
+    "exp of `a[j+1]+...+a[i]` where i >= j, else 0"
+    def sums(t): # (..., q) -> (..., q, q)
+        cum = t.cumsum(-1)
+        return cum[...,:,None]-cum[...,None,:]
+    large = torch.where(a<-16, a.detach(), 0).clamp(min=-1024).round() # sums of integers are exact
+    exponent = sums(a.clamp(min=-1024)-large).add_(sums(large))
+    later = torch.ones(a.shape[-1], a.shape[-1], dtype=torch.bool, device=a.device).triu(1)
     return exponent.masked_fill_(later, -math.inf).exp_()
 
 # %% ../nbs/00_ops.ipynb #e3816b04
@@ -99,16 +101,16 @@ def reshape_into_chunks(t:Tensor, m:int, q:int)->Tensor: # (batch, length, ...) 
 # %% ../nbs/00_ops.ipynb #1fb1e0ad
 def intra_chunk_output(xdt:Tensor, # (b*m, q, heads, headdim), inputs times dt
                        B:Tensor, C:Tensor, # (b*m, groups, q, d_state)
-                       cum:Tensor, # (b*m, heads, q)
-                      )->Tensor:   # (b*m, q, heads, headdim)
+                       a:Tensor, # (b*m, heads, q), dt times A
+                      )->Tensor: # (b*m, q, heads, headdim)
     "Outputs of each chunk from its own inputs, as if the state before it were zero"
-    L = decay_matrix(cum).unflatten(1, (B.shape[1],-1))
+    L = decay_matrix(a).unflatten(1, (B.shape[1],-1))
     M = (C@B.mT)[:,:,None] * L
     return (M.flatten(1,2)@xdt.transpose(1,2)).transpose(1,2)
 
 # %% ../nbs/00_ops.ipynb #db4f039d
 def chunk_states(xdt:Tensor, B:Tensor, # as in `intra_chunk_output`
-                 a:Tensor, # (b*m, heads, q), dt times A
+                 a:Tensor, # as in `intra_chunk_output`
                 )->Tensor: # (b*m, groups, d_state, heads/groups*headdim)
     "The state that each chunk adds by its own inputs"
     after = F.pad(a[...,1:], (0,1)).flip(-1).cumsum(-1).flip(-1) # sum of `a` after each position
@@ -129,7 +131,7 @@ def pass_states(Z:Tensor,      # (batch, m, ...): state that each chunk adds
 
 # %% ../nbs/00_ops.ipynb #db2051e3
 def inter_chunk_output(S:Tensor, # states at the starts of the chunks, as `chunk_states` returns them
-                       C:Tensor, cum:Tensor, # as in `intra_chunk_output`
+                       C:Tensor, cum:Tensor, # as in `intra_chunk_output`; cumulative sum of `a` there
                       )->Tensor: # (b*m, q, heads, headdim)
     "Outputs of each chunk from the state before it"
     y = (C@S).transpose(1,2).reshape(*cum.mT.shape, -1)
@@ -146,7 +148,7 @@ def ssd_chunked(x, dt, A, B, C, D=None, state=None, # as in `ssd_recurrence`
     xdt,a,B,C = (reshape_into_chunks(t, m, q).flatten(0,1) for t in inputs)
     B,C,a = (t.transpose(1,2) for t in (B,C,a))
     cum = a.cumsum(-1)
-    y = intra_chunk_output(xdt, B, C, cum)
+    y = intra_chunk_output(xdt, B, C, a)
     if last or m>1 or state is not None:
         Z = chunk_states(xdt, B, a).view(b, m, g, n, -1, p)
         decay = cum[...,-1].exp().view(b, m, g, 1, -1, 1)
@@ -262,6 +264,7 @@ def _log_backend(device, name):
 
 def backend(device='cpu')->str:
     "Backend of the scans on `device`: 'mamba_ssm', 'cpp' or 'torch', logged once for each kind of device"
+    if torch.compiler.is_compiling(): return 'torch' # the others do not fit into a graph
     kind = torch.device(device).type
     if kind=='cpu':
         from cald.kernels.ops_cpp import scan_backend # here: that notebook comes after this one

@@ -2,8 +2,9 @@
 import copy, functools
 
 import pytest, torch, torch.nn.functional as F, transformers
-from transformers import (AutoModelForCausalLM, DynamicCache, GPTNeoXConfig, GPTNeoXForCausalLM, GPTNeoXModel, RobertaConfig,
-                          RobertaForMaskedLM)
+from torch._dynamo.utils import counters
+from transformers import (AutoModelForCausalLM, CompileConfig, DynamicCache, GPTNeoXConfig, GPTNeoXForCausalLM, GPTNeoXModel,
+                          RobertaConfig, RobertaForMaskedLM, StaticCache)
 
 import cald.mixers
 from cald.convert import convert
@@ -278,7 +279,7 @@ def test_it_comes_back_from_disk_with_its_cache(to, layers, tmp_path):
     new = type(m)(copy.deepcopy(m.config)).double().eval()
     new.load_state_dict(m.state_dict())
     for s in (back,new):
-        assert s.config.use_cache is False and s.generation_config.use_cache is True
+        assert s.config.use_cache is True and s.generation_config.use_cache is True
         got = write(s, x, return_dict_in_generate=True)
         assert torch.equal(got.sequences, out) and got.past_key_values.get_seq_length()==N+7
 
@@ -288,8 +289,9 @@ def test_what_training_left_in_the_source_does_not_turn_the_cache_off():
 
 @pytest.mark.filterwarnings('ignore:.*gradient_checkpointing_enable')
 @mixers
-def test_training_and_plain_calls_make_no_cache(to, monkeypatch):
+def test_no_cache_is_made_unless_the_configuration_asks_for_it(to, monkeypatch):
     m,x = copy.deepcopy(model(to, [0,2])),prompts('right')
+    m.config.use_cache = False                                           # as Trainer sets it
     want = m(**x, output_hidden_states=True).hidden_states
     def no(*_): raise AssertionError('a cache')
     with monkeypatch.context() as mp:
@@ -304,6 +306,42 @@ def test_training_and_plain_calls_make_no_cache(to, monkeypatch):
     assert m(**x, labels=x['input_ids'], use_cache=True).past_key_values is None
     whole = m.eval()(**x, use_cache=True, output_hidden_states=True)     # asked for, it changes rounding at most
     for a,b in zip(whole.hidden_states, want): close(a[x['attention_mask'].bool()], b[x['attention_mask'].bool()])
+
+@mixers
+@layouts
+def test_a_plain_call_returns_a_cache_as_that_of_the_source(to, layers):
+    m,x = model(to, layers),prompts('right')
+    out = m(**x)
+    assert out.past_key_values.get_seq_length()==source()(**x).past_key_values.get_seq_length()==N
+    assert torch.equal(out.logits, m(**x, use_cache=False).logits)
+    ids = x['input_ids'][:1]
+    close(m(ids[:,5:], past_key_values=m(ids[:,:5]).past_key_values).logits, m(ids).logits[:,5:])
+
+@mixers
+@layouts
+@pytest.mark.parametrize('pads', ['none','left'])
+def test_a_static_cache_gives_the_same_tokens(to, layers, pads):
+    m,x = model(to, layers),prompts(pads)
+    for way in ('greedy','beams'):
+        assert torch.equal(write(m, x, **WAYS[way]), write(m, x, cache_implementation='static', **WAYS[way]))
+    cache = StaticCache(m.config, N+2)
+    for _ in range(2):                                                   # it can be used again
+        y,cache = fed(m, *x.values(), [7,1,1,3], cache)
+        close(y, fed(m, *x.values(), [12])[0])
+        assert cache.get_seq_length()==N and cache.is_compileable
+        cache.reset()
+    filled = StaticCache(m.config, 2*N)
+    source()(**x, past_key_values=filled)
+    with pytest.raises(ValueError, match='of its model, got a StaticLayer'): m(**x, past_key_values=filled)
+
+@pytest.mark.parametrize('to,layers', [('mamba2',[1,2]),('mamba',[0])])
+def test_generation_compiles_to_one_graph(to, layers):
+    m,x = model(to, layers),prompts('left')
+    config = CompileConfig(fullgraph=True, backend='eager', mode=None)
+    config._compile_all_devices = True
+    counters.clear()
+    got = write(m, x, cache_implementation='static', compile_config=config, max_new_tokens=4)
+    assert torch.equal(got, write(m, x, max_new_tokens=4)) and counters['stats']['unique_graphs']==1
 
 def test_identity_is_the_source_with_its_cache():
     s,x = convert(source(), to='identity'),prompts('left')
@@ -334,7 +372,6 @@ def test_what_a_state_cannot_do_is_an_error(to, layers):
     with pytest.raises(ValueError, match='stateful'): write(m, one, prompt_lookup_num_tokens=2)
     with pytest.raises(ValueError, match='stateful'): write(m, one, assistant_model=source())
     with pytest.raises(ValueError, match='cannot remove tokens'): write(source(), one, assistant_model=m, max_new_tokens=20)
-    with pytest.raises(ValueError, match='a DynamicCache of its model, got a Static'): write(m, x, cache_implementation='static')
     with pytest.raises(ValueError, match='continuous batching'): m(**x, cache=object())
     cache = m(**x, use_cache=True).past_key_values
     cache.crop(0)

@@ -8,7 +8,8 @@ from torch import nn
 from transformers import (AutoConfig, AutoModel, AutoModelForAudioClassification, AutoModelForCausalLM, AutoModelForCTC,
     AutoModelForMaskedLM, AutoModelForSequenceClassification, BertConfig, BertForMaskedLM, GPTNeoXConfig, GPTNeoXForCausalLM,
     BertForNextSentencePrediction, GPTNeoXModel, RobertaConfig, RobertaForMaskedLM, RobertaForSequenceClassification, RobertaModel,
-    Wav2Vec2Config, Wav2Vec2ForCTC, Wav2Vec2ForSequenceClassification, Wav2Vec2Model)
+    Trainer, TrainingArguments, Wav2Vec2Config, Wav2Vec2ForCTC, Wav2Vec2ForSequenceClassification, Wav2Vec2Model)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES
 
 import cald
 from cald.convert import convert,families,report,transfer
@@ -181,13 +182,45 @@ def test_hidden_states_are_those_of_the_layers(name, to):
     assert len(hidden)==4 and all(map(torch.equal, hidden[1:3], seen[:2]))
 
 def test_what_a_student_has_not_is_refused():
-    s,x = student('lm', 'mamba', layers=[1,2]),inputs('lm')
+    s,x = student('lm', 'mamba'),inputs('lm')
     with pytest.raises(ValueError, match='no attention weights'): s(**x, output_attentions=True)
     two_texts = torch.cat([torch.arange(18),torch.arange(12)]).expand(2, -1)
-    with pytest.raises(ValueError, match='packed'): s(x['input_ids'], position_ids=two_texts)
+    with pytest.raises(ValueError, match='packed'): s(x['input_ids'], position_ids=two_texts, use_cache=False)
     s.config._attn_implementation = 'eager'
     s.config.output_attentions = True
     with pytest.raises(ValueError, match='no attention weights'): s(**x)
+
+@pytest.mark.parametrize('name,to', [('text','linformer'),('ctc','mamba2'),('lm','mamba')])
+def test_the_layers_that_a_hybrid_keeps_return_their_attention_weights(name, to):
+    m = model(name)
+    m.set_attn_implementation('eager')
+    x = inputs(name)
+    kept,theirs = (net(**x, output_attentions=True).attentions for net in (student(name, to, m, layers=[1,2]),m))
+    assert len(kept)==1 and torch.equal(kept[0], theirs[0])
+
+@pytest.mark.parametrize('pads', ['100111011','001101000','111100000'])
+def test_linformer_reads_tokens_as_if_no_pads_came_before_them(pads):
+    r = next(iter(student('text', 'linformer').double().replacements.values()))
+    x,mask = torch.randn(2, 9, 32, dtype=torch.float64),torch.tensor([[True]*9,[p=='1' for p in pads]])
+    with torch.no_grad(): y,alone,whole = r(x, mask)[0],r(x[1:,mask[1]])[0],r(x[:1])[0]
+    torch.testing.assert_close(y[1:,mask[1]], alone)
+    torch.testing.assert_close(y[:1], whole)
+
+# ---- graphs
+
+@pytest.mark.parametrize('name,to,left', [('text','linformer',True),('mlm','mamba2',False),('lm','mamba',True)])
+def test_a_model_is_one_graph(name, to, left):
+    m,x = student(name, to, layers=[1]),inputs(name, (20,9), left)
+    with torch.no_grad(): got,want = torch.compile(m, backend='eager', fullgraph=True)(**x)[0],m(**x)[0]
+    kept = slice(None) if name=='text' else x['attention_mask'].bool()
+    torch.testing.assert_close(got[kept], want[kept], rtol=1e-4, atol=1e-5)
+
+@pytest.mark.parametrize('name,to', [('text','linformer'),('mlm','mamba2'),('lm','mamba2')])
+def test_a_model_can_be_exported(name, to):
+    m,x = student(name, to, layers=[1]),inputs(name, (20,9))
+    if name=='lm': x['use_cache'] = False
+    got = torch.export.export(m, (), x).module()(**x)
+    with torch.no_grad(): torch.testing.assert_close(got[0], m(**x)[0], rtol=1e-4, atol=1e-5)
 
 @pytest.mark.parametrize('layers', [None,[0],[2]])
 def test_generate_is_the_greedy_loop(layers, tmp_path):
@@ -196,7 +229,7 @@ def test_generate_is_the_greedy_loop(layers, tmp_path):
     x,config = inputs('lm', (9,5), left=True),copy.deepcopy(s.config)
     config.use_cache = True
     for m in (s,AutoModelForCausalLM.from_pretrained(tmp_path),type(s)(config).eval()):
-        assert m.config.use_cache is False and m.generation_config.use_cache is True
+        assert m.config.use_cache is True and m.generation_config.use_cache is True
         m.generation_config.eos_token_id = None
         out = m.generate(**x, do_sample=False, pad_token_id=0, max_new_tokens=4)
         for i,n in enumerate((9,5)):
@@ -240,7 +273,7 @@ def test_a_saved_student_comes_back(name, to, tmp_path):
     assert all(map(torch.equal, tensors(run(s, x)), tensors(run(back, x))))
     back.save_pretrained(tmp_path/'again')
     assert [(tmp_path/f).read_bytes()==(tmp_path/'again'/f).read_bytes() for f in ('config.json','model.safetensors')]==[True,True]
-    assert sorted(p.suffix for p in tmp_path.iterdir() if p.is_file()) in (['.json','.safetensors'],['.json','.json','.safetensors'])
+    assert sorted(p.suffix for p in tmp_path.iterdir() if p.is_file()) in (['.json','.py','.safetensors'],['.json','.json','.py','.safetensors'])
 
 @pytest.mark.parametrize('share', ['none','kv','layer'])
 @pytest.mark.parametrize('name', ['text','ctc'])
@@ -307,25 +340,35 @@ import transformers
 assert 'cald' not in sys.modules
 def refused(load, *words):
     try: load()
-    except (ValueError, OSError) as e: assert any(w in str(e) for w in words), e
+    except (ValueError, OSError, ImportError) as e: assert any(w in str(e) for w in words), e
     else: raise AssertionError(f'{words}: loaded')
-cases = json.load(open(f'{folder}/cases.json'))
-for name,(auto,plain) in cases.items():
-    refused(lambda: getattr(transformers, auto).from_pretrained(f'{folder}/{name}'), 'cald-')
-    refused(lambda: getattr(transformers, plain).from_pretrained(f'{folder}/{name}'), 'after `import cald`')
-import cald
-from safetensors.torch import load_file
-for name,(auto,plain) in cases.items():
-    refused(lambda: getattr(transformers, plain).from_pretrained(f'{folder}/{name}'), 'after `import cald`')
-    m = getattr(transformers, auto).from_pretrained(f'{folder}/{name}')
+class NoCald:
+    def find_spec(self, name, *args):
+        if name.split('.')[0]=='cald': raise ModuleNotFoundError(f'No module named {name!r}')
+def check(name, **trust):
+    m = getattr(transformers, cases[name][0]).from_pretrained(f'{folder}/{name}', **trust)
     x = load_file(f'{folder}/{name}/x.st')
     want = x.pop('out')
     with torch.no_grad(): assert torch.equal(m(**x)[0], want), name
+cases = json.load(open(f'{folder}/cases.json'))
+for name,(auto,plain) in cases.items():
+    refused(lambda: getattr(transformers, auto).from_pretrained(f'{folder}/{name}'), 'trust_remote_code=True')
+    refused(lambda: getattr(transformers, plain).from_pretrained(f'{folder}/{name}'), 'after `import cald`')
+from safetensors.torch import load_file
+sys.meta_path.insert(0, NoCald())
+refused(lambda: check('ctc', trust_remote_code=True), 'pip install cald')
+del sys.meta_path[0]
+check('ctc', trust_remote_code=True)
+import cald
+for name,(auto,plain) in cases.items():
+    refused(lambda: getattr(transformers, plain).from_pretrained(f'{folder}/{name}'), 'after `import cald`')
+    check(name)
+assert len([m for m in sys.modules if m.endswith('modeling_cald')])==1
 print('all', len(cases))
 '''
 
-def fresh(code, *args):
-    env = {**os.environ, 'PYTHONPATH':str(root), 'TRANSFORMERS_VERBOSITY':'error', 'HF_HUB_OFFLINE':'1',
+def fresh(code, *args, **env):
+    env = {**os.environ, **env, 'PYTHONPATH':str(root), 'TRANSFORMERS_VERBOSITY':'error', 'HF_HUB_OFFLINE':'1',
            'OMP_NUM_THREADS':str(torch.get_num_threads())}
     done = subprocess.run([sys.executable, '-c', code, *map(str, args)], cwd=root, env=env, capture_output=True, text=True)
     assert done.returncode==0, done.stderr[-3000:]
@@ -341,7 +384,22 @@ def test_another_process_without_the_source_gets_the_same_student(tmp_path):
         save_file({**x, 'out':run(s, x)[0].contiguous()}, tmp_path/name/'x.st')
         cases[name] = sources[name][3].__name__,sources[name][0].__name__
     (tmp_path/'cases.json').write_text(json.dumps(cases))
-    assert fresh(FRESH, tmp_path).strip().endswith('all 5')
+    assert fresh(FRESH, tmp_path, HF_MODULES_CACHE=str(tmp_path/'code')).strip().endswith('all 5') # where transformers copies code
+
+@pytest.mark.parametrize('trust', [None,False,True])
+def test_the_code_of_a_folder_is_not_run_after_import_cald(trust, tmp_path):
+    s = student('lm', 'mamba')
+    s.config.auto_map = dict(AutoModel='theirs.Model')
+    s.save_pretrained(tmp_path)
+    (tmp_path/'modeling_cald.py').write_text('raise RuntimeError')
+    s2 = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=trust)
+    assert type(s2) is type(s) and AutoConfig.from_pretrained(tmp_path, trust_remote_code=trust).to_dict()==s2.config.to_dict()
+    s2.config.register_for_auto_class()                                            # as for a folder that asks for its code
+    s2.save_pretrained(tmp_path/'again')
+    names = dict(AutoConfig='CaldGPTNeoXConfig', AutoModelForCausalLM='CaldGPTNeoXForCausalLM')
+    assert json.loads((tmp_path/'again/config.json').read_text())['auto_map']=={k: f'modeling_cald.{v}' for k,v in names.items()}
+    assert {f.suffix for f in (tmp_path/'again').iterdir()}=={'.json','.safetensors','.py'}
+    assert [f.name for f in (tmp_path/'again').glob('*.py')]==['modeling_cald.py']
 
 def test_import_cald_needs_no_transformers():
     code = '''
@@ -358,6 +416,21 @@ print(cald.__version__)'''
     assert fresh(code, 'transformers').strip()==cald.__version__
 
 # ---- the registry
+
+@pytest.mark.parametrize('name,epsilon', [('lm',.1),('mlm',.1),('text',.1),('lm',0.)])
+def test_label_smoothing_is_that_of_the_source(name, epsilon, tmp_path):
+    m,x = model(name),inputs(name)
+    labels = torch.tensor([0,2]) if name=='text' else x['input_ids'].masked_fill(x['attention_mask']==0, -100)
+    args = TrainingArguments(tmp_path, label_smoothing_factor=epsilon, report_to=[], use_cpu=True)
+    def loss(m): return Trainer(m, args).compute_loss(m, dict(x, labels=labels)).item()
+    assert loss(convert(m, to='identity'))==loss(m)
+
+@pytest.mark.parametrize('names', [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES])
+def test_the_tables_of_transformers_have_the_names_of_converted_classes(names):
+    pairs = [(a.__name__,b.__name__) for f in FAMILIES.values() for a,b in f.students.items()]
+    found = [b for a,b in pairs if a in names.values()]
+    assert found and set(found)<=set(names.values())
+
 
 def test_errors_say_what_there_is():
     m,other = model('ctc'),BertForNextSentencePrediction(BertConfig(**tokens))

@@ -14,7 +14,7 @@ from cald.mixers import Bidirectional,LinformerProjection,Mamba,Mamba2,padding_m
 from cald.kernels.ops_cpp import scan_backend
 from cald.kernels.conv import causal_conv
 from cald.ops import (backend,linformer_attention,mix_rows,selective_scan,
-                      selective_scan_recurrence,ssd,ssd_recurrence)
+                      selective_scan_recurrence,ssd,ssd_chunked,ssd_recurrence)
 
 LENGTHS = (1,2,63,64,65,255,257)
 f64 = torch.float64
@@ -200,6 +200,21 @@ def test_the_kernels_get_what_they_expect(monkeypatch, name):
     assert called==(['ssd','ssd'] if name=='ssd' else ['scan'])  # mamba_ssm's Mamba-1 scan takes no state
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
+@pytest.mark.parametrize('scale', (1e3, 1e5, 1e38))
+def test_chunks_are_precise_after_very_large_steps(scale):
+    x,dt,A,B,C,D = (t.float() for t in ssd_inputs(l=200))
+    dt = torch.where(torch.rand_like(dt)<.1, dt*scale, dt)
+    x = torch.where(dt[...,None]>1e6, 0, x)
+    a = [t.requires_grad_() for t in (x,dt,A,B,C,D)]
+    (y,S),(want,last) = ssd_chunked(*a),ssd_recurrence(*(t.double() for t in a))
+    for got,exact in ((y,want),(S,last)): assert (got-exact).norm()/exact.norm()<2e-6
+    if scale<1e6: assert all(g.isfinite().all() for g in torch.autograd.grad(y.sum(), a))
+
+def test_ordinary_decays_are_differences_of_one_sum_to_the_bit():
+    a = -16*torch.rand(3, 2, 50)
+    cum = a.cumsum(-1)
+    assert torch.equal(ops.decay_matrix(a), (cum[...,:,None]-cum[...,None,:]).tril().exp().tril())
+
 def test_the_backend_is_logged_once(monkeypatch, caplog):
     caplog.set_level(logging.INFO, 'cald.ops')
     ops._log_backend.cache_clear()
@@ -244,7 +259,9 @@ def test_reversal_by_hand():
 
 def test_reversal_twice_and_its_gradient():
     x = torch.randn(3, 5, 2, 4, dtype=f64, requires_grad=True)
-    for m in (MASK, MASK.flip(1)):
+    gaps = torch.tensor([[1,0,1,1,0],[0,1,0,1,1],[0,0,0,0,0]]).bool()
+    assert reverse_padded(torch.arange(1, 6).expand(3, 5), gaps).tolist()==[[4,0,3,1,0],[0,5,0,4,2],[0]*5]
+    for m in (MASK, MASK.flip(1), gaps):
         once = reverse_padded(x, m)
         assert torch.equal(reverse_padded(once, m), x.masked_fill(~m[...,None,None], 0))
         assert torch.autograd.gradcheck(lambda x: reverse_padded(x, m), x)

@@ -185,7 +185,8 @@ def call_rows(lib, direction:str, tensors, strided, width:int): # the tensor who
     call(direction, tensors, z, lib)
 
 def cpp_takes(*tensors)->bool:
-    "Are all tensors float32 or all float64, on the CPU, and without autocast?"
+    "Are all tensors float32 or all float64, on the CPU, without autocast, and not in a compiled graph?"
+    if torch.compiler.is_compiling(): return False
     dtype = tensors[0].dtype
     if dtype not in (torch.float32,torch.float64) or torch.is_autocast_enabled('cpu'): return False
     return all(t.device.type=='cpu' and t.dtype==dtype for t in tensors)
