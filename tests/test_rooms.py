@@ -53,7 +53,7 @@ def test_notebooks_are_numbered_in_the_order_of_imports():
     assert len(set(numbers))==len(numbers), 'two notebooks with one number'
     assert not too_early()
 
-def test_few_modules_are_at_the_top(): assert len([m for m in modules() if room(m)=='method'])<=16
+def test_few_modules_are_at_the_top(): assert len([m for m in modules() if room(m)=='method'])<=17
 
 @pytest.mark.parametrize('module,line,seen', [
     ('convert', 'from .lab.grid import Cell', 'wrong_way'),
