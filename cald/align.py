@@ -21,6 +21,7 @@ from transformers import default_data_collator,TrainingArguments
 from .calibrate import attention_pairs,calibrate,first,layer_errors,on_attention,run_layers,squares
 from .files import read_json,write_atomic,write_json
 from .hidden_states import state_mask
+from .loop import as_read,check_description,describe
 from .resume import (delete_checkpoint,list_checkpoints,load_state,rng_state,save_state,
                          set_rng_state)
 from .trainer import ResumableTrainer
@@ -96,6 +97,10 @@ def begin(self:Aligner):
     self.losses = []
     ResumableTrainer.begin(self)
 
+@patch
+def description(self:Aligner)->dict:
+    return {**ResumableTrainer.description(self), 'teacher': describe(self.teacher)}
+
 # %% ../nbs/02c_align.ipynb #02b20004
 @contextmanager
 def only_mixers(student):
@@ -140,13 +145,18 @@ class Alignment:
 def run(self:Alignment, student, data, collate,
         folder,            # for checkpoints and the result
         resume:bool=False, # from `folder`
-        progress=None,     # as in `ResumableTrainer`
+        progress=None,     # as in `ResumableTrainer`, as well as `changed`
+        changed='raise',
         **kwargs)->pd.DataFrame: # columns before, calibrated, after; `kwargs` are of `TrainingArguments`
     "Align `student` and return the relative error of each layer; a layer that got worse stays calibrated"
     folder = Path(folder)
-    if resume and (folder/'aligned.json').exists(): return self.restore(student, folder)
     args = self.training_args(folder, **kwargs)
-    trainer = Aligner(student, args, data, self.teacher, data_collator=collate, progress=progress)
+    trainer = Aligner(student, args, data, self.teacher, data_collator=collate, progress=progress,
+                      changed=changed)
+    description = as_read(trainer.description())
+    if resume and (folder/'aligned.json').exists():
+        check_description(folder, description, changed)
+        return self.restore(student, folder)
     batches = trainer.first_batches(max(self.calibration, 1))
     was_training = student.training
     errors = pd.DataFrame(dict(before=layer_errors(student.eval(), self.teacher, batches)))
@@ -165,6 +175,7 @@ def run(self:Alignment, student, data, collate,
     write_atomic(folder/'aligned.safetensors', save(new))
     save_state(folder/'generators', rng_state())
     result = dict(settings=self.settings(), errors=errors.reset_index().to_dict('list'))
+    write_json(folder/'run.json', description)
     write_json(folder/'aligned.json', result)
     for checkpoint in list_checkpoints(folder): delete_checkpoint(checkpoint)
     return errors

@@ -12,6 +12,7 @@ from fastcore.basics import patch
 from transformers import get_scheduler
 from .files import check_share,check_type
 from .hidden_states import average_gradients,clip_gradients,run_teacher,train_teacher
+from .loop import sum_over_processes,world_size
 from .losses import as_loss,check_after,HiddenLoss
 from .resume import check_snapshots,load_snapshot,seeded_rng
 
@@ -19,7 +20,8 @@ from .resume import check_snapshots,load_snapshot,seeded_rng
 class Guidance:
     "Choose the teacher of each step of a student, and the loss"
     loss = teacher = device = None
-    fixed = () # attributes that must not change when a run resumes
+    fixed = ()    # attributes that must not change when a run resumes
+    decisive = () # attributes that determine what a student is taught; a checkpoint records them
     def setup(self, total_steps:int):
         "Prepare for a run of `total_steps` optimizer steps of the student"
     def teacher_forward(self,
@@ -27,8 +29,7 @@ class Guidance:
                         step:int    # number of optimizer steps that the student has made
                        ):           # output with detached `hidden_states` and `logits`, or None
         "Return the output of this step's teacher for `batch`"
-    def update(self, step:int):
-        "Called after each optimizer step of the student; `step` steps are done"
+    def update(self, step:int): "Called after each optimizer step of the student; `step` steps are done"
     def discard(self): "Called instead of `update` after a step that is skipped"
     def to(self, device):
         "Move the teacher to `device`, now or as soon as it exists"
@@ -44,7 +45,7 @@ class Guidance:
         return {}
     def state_dict(self)->dict:
         "Return the state that a resumed run needs, for `save_state`"
-        return {'kind': type(self).__name__}
+        return {'kind': type(self).__name__, **{k: getattr(self, k) for k in self.fixed}}
     def load_state_dict(self, state:dict):
         "Restore `state`. Raises ValueError if another class saved it, or if a `fixed` attribute differs"
         kind = type(self).__name__
@@ -62,6 +63,7 @@ _no_teacher = ('{} has no teacher: call `setup` first; if the teacher has been f
 
 class Target(Guidance):
     "The fine-tuned teacher supervises every step"
+    decisive = ('teacher','loss','train_mode','seed')
     def __init__(self,
                  teacher,               # model fine-tuned on the task, as deep and wide as the student
                  loss:HiddenLoss=None,  # default: `loss_preset()`
@@ -89,6 +91,8 @@ class Target(Guidance):
 class Trajectory(Target):
     "A teacher that its own optimizer fine-tunes in the same loop, on the same batches"
     fixed = ('every',)
+    decisive = ('source','lr','every','loss','warmup','schedule','schedule_steps','weight_decay','clip',
+                'train_mode','own_forward','seed')
     def __init__(self,
                  teacher,              # pretrained model with a head for the task; the guidance trains a copy
                  lr=3e-5,              # learning rate of the teacher
@@ -158,7 +162,7 @@ def update(self:Trajectory, step):
     self.opt.step()
     self.sched.step()
     self.updates += 1
-    self._loss_sum = self._loss_sum+sum(self._step_losses)
+    self._loss_sum = self._loss_sum+sum_over_processes(sum(self._step_losses))/world_size()
     self._loss_count += len(self._step_losses)
     self.discard()
 
@@ -169,7 +173,6 @@ def discard(self:Trajectory):
     self.opt.zero_grad()
     self._step_losses = []
 
-# %% ../nbs/02_guidance.ipynb #07a1ff95
 @patch
 def logs(self:Trajectory):
     "Return the teacher's mean task loss since the last call, and its learning rate"
@@ -178,10 +181,11 @@ def logs(self:Trajectory):
     self._loss_sum,self._loss_count = 0.,0
     return {'teacher_loss': mean_loss, 'teacher_lr': self.sched.get_last_lr()[0]}
 
+# %% ../nbs/02_guidance.ipynb #07a1ff95
 @patch
 def state_dict(self:Trajectory):
     "Return weights, optimizer, schedule and counts"
-    return {**Target.state_dict(self), 'updates': self.updates, 'every': self.every,
+    return {**Target.state_dict(self), 'updates': self.updates,
             'loss': float(self._loss_sum), 'seen': self._loss_count, 'teacher': self.teacher.state_dict(),
             'optimizer': self.opt.state_dict(), 'schedule': self.sched.state_dict()}
 
@@ -199,6 +203,7 @@ def load_state_dict(self:Trajectory, state):
 class Waypoint(Target):
     "Stored snapshots of a fine-tuning supervise one after the other, each ahead of the student"
     fixed = ('steps','cycle')
+    decisive = ('snapshots','cycle','loss','train_mode','seed')
     def __init__(self,
                  snapshots:list,       # of (step of the fine-tuning, folder)
                  load=load_snapshot,   # function that loads a model from a folder
@@ -208,40 +213,35 @@ class Waypoint(Target):
                  seed=0):
         self.set_options(loss, train_mode, seed)
         self.snapshots = check_snapshots(snapshots)
+        self.steps = [step for step,_ in self.snapshots]
         valid = cycle in (None,'equal') or (isinstance(cycle, int) and cycle>0)
         if not valid: raise ValueError(f"cycle must be None, 'equal' or a number of steps, not {cycle!r}")
         self.load = load
         self.cycle = cycle
         self.every = None if cycle=='equal' else cycle
         self.index = None
-    @property
-    def steps(self): return [s for s,_ in self.snapshots]
     def setup(self, total_steps):
         "Compute the length of 'equal' shares"
         if self.cycle=='equal': self.every = max(total_steps//len(self.snapshots), 1)
     def which(self, step):
         "Return the index of the snapshot that supervises `step`"
-        last = len(self.snapshots)-1
-        if self.cycle is not None: return min(step//self.every, last)
-        return next((i for i,s in enumerate(self.steps) if s>step), last)
+        if self.cycle is not None: return min(step//self.every, len(self.steps)-1)
+        return next((i for i,s in enumerate(self.steps) if s>step), len(self.steps)-1)
     def logs(self): return {} if self.index is None else {'waypoint': self.steps[self.index]}
-    def state_dict(self): return {**super().state_dict(), 'steps': self.steps, 'cycle': self.cycle}
-
-# %% ../nbs/02_guidance.ipynb #30415263
-@patch
-def teacher_forward(self:Waypoint, batch, step):
-    "Return the output of this step's snapshot for `batch`; load the snapshot first if it is new"
-    i = self.which(step)
-    if self.teacher is None or i!=self.index:
-        self.teacher = None
-        with seeded_rng('load', i): self.teacher = self.load(self.snapshots[i][1]).to(self.device)
-        self.index = i
-    return Target.teacher_forward(self, batch, step)
+    def teacher_forward(self, batch, step):
+        "Return the output of this step's snapshot for `batch`; load the snapshot first if it is new"
+        i = self.which(step)
+        if self.teacher is None or i!=self.index:
+            self.teacher = None
+            with seeded_rng('load', i): self.teacher = self.load(self.snapshots[i][1]).to(self.device)
+            self.index = i
+        return Target.teacher_forward(self, batch, step)
 
 # %% ../nbs/02_guidance.ipynb #6d42930f
 class Hybrid(Guidance):
     "Another guidance until a given step, then none"
     fixed = ('stop',)
+    decisive = ('inner','until','after')
     def __init__(self,
                  guidance:Guidance,
                  until=0.4,              # step of the switch: 1. is the whole run, 1 is one step
@@ -289,7 +289,7 @@ def teacher_forward(self:Hybrid, batch, step):
 def state_dict(self:Hybrid):
     "Return the step of the switch, and the state of the wrapped guidance while it is in use"
     inner = None if self.loss is None else self.inner.state_dict()
-    return {**Guidance.state_dict(self), 'switched': self.switched, 'stop': self.stop, 'inner': inner}
+    return {**Guidance.state_dict(self), 'switched': self.switched, 'inner': inner}
 
 @patch
 def load_state_dict(self:Hybrid, state):

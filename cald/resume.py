@@ -18,6 +18,7 @@ import re
 import shutil
 import signal
 import threading
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -144,16 +145,22 @@ def set_rng_state(state:dict): # of `rng_state`
 # %% ../nbs/00g_resume.ipynb #00f10081
 @contextmanager
 def finish_step_on_interrupt(trainer):
-    "Context in which the first Ctrl-C lets `trainer` finish its step and the second stops it at once"
+    "Context in which the first Ctrl-C or SIGTERM lets `trainer` finish its step; the second stops it at once"
+    process = os.getpid()
+    times = []
     def handle(*_):
-        if trainer._stopped: raise KeyboardInterrupt('stopped at once; resume with train(resume=True)')
+        if os.getpid()!=process: os._exit(1) # a child that was forked inside the context
+        times.append(time.monotonic())
+        if times[-1]-times[0]>1: raise KeyboardInterrupt('stopped at once; resume with train(resume=True)')
+        if trainer._stopped: return
         trainer._stopped = True
         _log.warning('interrupted: this step is finished and saved; interrupt again to stop at once')
     in_main_thread = threading.current_thread() is threading.main_thread() # Python handles signals there only
-    if in_main_thread: previous = signal.signal(signal.SIGINT, handle)
+    signals = (signal.SIGINT,signal.SIGTERM) if in_main_thread else ()
+    previous = {s: signal.signal(s, handle) for s in signals}
     try: yield
     finally:
-        if in_main_thread: signal.signal(signal.SIGINT, previous)
+        for s,handler in previous.items(): signal.signal(s, handler)
 
 def check_weights(model, step:int):
     "Raise FloatingPointError if a weight is not finite: neither checkpoint nor result may hold it"
@@ -247,6 +254,7 @@ def load_snapshot(folder):
     if not hasattr(transformers, name):
         raise ValueError(f'{folder}: transformers has no class {name}; pass a function that loads it')
     model,info = getattr(transformers, name).from_pretrained(folder, output_loading_info=True)
-    missing = info['missing_keys']
-    if missing: raise ValueError(f'{folder}: weights are missing, such as {min(missing)}')
+    for problem in ('missing','unexpected'):
+        names = info[f'{problem}_keys']
+        if names: raise ValueError(f'{folder}: weights are {problem}, such as {min(names)}')
     return model

@@ -148,18 +148,23 @@ def first(batch): return batch
 # interruptions and broken checkpoints ------------------------------------------------------------------------------------------
 
 class Interrupting(list):
-    "Presses Ctrl-C at sample 7"
+    "Sends `signal` when sample 7 is read for training; it is read once before, to describe the run"
+    signal,reads = signal.SIGINT,0
     def __getitem__(self, i):
-        if i==7: os.kill(os.getpid(), signal.SIGINT)
+        self.reads += i==7
+        if i==7 and self.reads==2: os.kill(os.getpid(), self.signal)
         return super().__getitem__(i)
 
-def test_ctrl_c_ends_the_step_saves_and_says_how_to_go_on(tmp_path):
-    handler = signal.getsignal(signal.SIGINT)
+@pytest.mark.parametrize('sent', [signal.SIGINT,signal.SIGTERM])
+def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(sent, tmp_path):
+    handler = signal.getsignal(sent)
     make = lambda: Trajectory(speech(4), lr=1e-3)
-    d = distiller(tmp_path/'run', make(), data=Interrupting(utterances()))
+    data = Interrupting(utterances())
+    data.signal = sent
+    d = distiller(tmp_path/'run', make(), data=data)
     with pytest.raises(KeyboardInterrupt, match=r'of 8; .*train\(resume=True\)'): d.train()
     assert 0<d.state.global_step<8 and last_checkpoint(tmp_path/'run').name==f'checkpoint-{d.state.global_step}'
-    assert signal.getsignal(signal.SIGINT) is handler
+    assert signal.getsignal(sent) is handler
     straight,resumed = distiller(tmp_path/'straight', make()),distiller(tmp_path/'run', make(), seed=5)
     straight.train(); resumed.train(resume=True)
     assert same(straight.model, resumed.model)

@@ -24,7 +24,7 @@ from ..hidden_states import RecordStates
 from . import plots
 from .grid import cell,for_task,settings
 from .queue import helper_processes,train_missing
-from .recipe import (FirstEstimate,LogTo,MODES,Recipe,TableDistiller,chance_score,draw_share,
+from .recipe import (FirstEstimate,LogPace,LogTo,MODES,Recipe,TableDistiller,chance_score,draw_share,
                              evenly_spaced,guidance_for,save_model,start_from,training_args)
 from .results import format_table,summarise
 from .store import Store
@@ -55,10 +55,12 @@ class Experiment:
     rows = {m: {} for m in MODES}|STARTED # name -> `mode` (or the name) and overrides, perhaps {task: value}
     modules = [f'cald.{m}' for m in (  # their code decides the result; a subclass adds its own, itself last
         'ops kernels.scan_source kernels.ops_cpp kernels.conv kernels.norm mixers models init convert '
-        'calibrate align pretrained resume hidden_states losses guidance trainer distill '
+        'calibrate align pretrained resume loop hidden_states losses guidance trainer distill '
         'lab.ablation lab.recipe lab.experiment').split()]
     metrics = {}                     # metric -> name in the table
     record = 16                      # dev samples whose hidden states are recorded during training; 0: none
+    save_minutes = 15.               # a checkpoint is due so long after the last
+    training = {}                    # `TrainingArguments` that decide no result: report_to, logging_steps
     processor = None                 # tells Trainer which field of a sample has the length
     student = ('lr_student','steps_student','alpha','alpha_output','until','loss','norm','teacher_train',
                'init','reset','reuse','start','aligned','align','lr_align','rates','lr_transferred',
@@ -136,8 +138,8 @@ def make_trainer(self:Experiment, c, r:Recipe, run, model, guidance, sets:dict, 
                 )->TableDistiller:
     "The Trainer of cell `c`; `sets` are its data sets by split"
     lr,steps = r.of(c.mode)
-    args = training_args(r, self.tasks[c.task], run.folder/'train', c.seed, lr, steps)
-    every = args.eval_steps*max(r.evals//(r.waypoints or r.evals), 1)
+    args = training_args(r, self.tasks[c.task], run.folder/'train', c.seed, lr, steps, **self.training)
+    every = min(args.eval_steps*max(r.evals//(r.waypoints or r.evals), 1), steps)
     snapshots = range(every, steps+1, every) if c.mode=='standard' else ()
     total = dict(total=True) if loss_preset(r.loss).per=='item' else {} # then the task loss is a sum, too
     task_loss = self.task_loss(model, labels, **total)
@@ -149,9 +151,9 @@ def make_trainer(self:Experiment, c, r:Recipe, run, model, guidance, sets:dict, 
         model, args, sets['train'], guidance, task_loss, task_sum=bool(total), snapshots=snapshots,
         **converted, judge=self.judge, floor=r.floor if r.decay=='exponential' else None,
         eval_dataset=sets['dev'],
-        data_collator=self.collate, processing_class=self.processor, progress='none')
-    trainer.add_callback(LogTo(run))
-    trainer.add_callback(FirstEstimate(run, self.cost))
+        data_collator=self.collate, processing_class=self.processor, progress='none',
+        save_minutes=self.save_minutes)
+    for callback in (LogTo(run), FirstEstimate(run, self.cost), LogPace(run)): trainer.add_callback(callback)
     if self.record:
         probe = self.collate(evenly_spaced(sets['dev'], self.record))
         trainer.add_callback(RecordStates(run.folder/'states.safetensors', probe))

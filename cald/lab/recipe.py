@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MODES', 'Recipe', 'check_recipe', 'start_from', 'guidance_for', 'TableDistiller', 'training_args', 'LogTo',
-           'save_model', 'FirstEstimate', 'evenly_spaced', 'chance_score', 'draw_share']
+           'save_model', 'FirstEstimate', 'LogPace', 'evenly_spaced', 'chance_score', 'draw_share']
 
 # %% ../../nbs/03f_recipe.ipynb #d38059a9
 import math
@@ -23,6 +23,7 @@ from ..align import Alignment
 from ..convert import INITS
 from ..distill import Distiller
 from ..files import check_name
+from ..loop import Pace
 from ..guidance import Hybrid,Target,Trajectory,Unguided,Waypoint
 from .queue import log_progress
 from ..losses import loss_preset
@@ -131,6 +132,8 @@ class TableDistiller(Distiller):
         self.floor = floor
         super().__init__(*args, **kwargs)
 
+    def description(self): return {**super().description(), 'floor': self.floor}
+
     def evaluate(self, eval_dataset=None, **kwargs):
         ds = self.eval_dataset if eval_dataset is None else eval_dataset
         metrics = {f'eval_{k}': v for k,v in self.judge(self.model, ds).items()}
@@ -151,11 +154,12 @@ class TableDistiller(Distiller):
         return self.lr_scheduler
 
 # %% ../../nbs/03f_recipe.ipynb #69299db2
-def training_args(r:Recipe, task, folder, seed:int, lr:float, steps:int)->TrainingArguments:
+def training_args(r:Recipe, task, folder, seed:int, lr:float, steps:int,
+                  **others)->TrainingArguments: # arguments that replace these
     "`TrainingArguments` of recipe `r`; the model that is best on dev is the result"
     every = max(steps//r.evals, 1)
     schedule = 'linear' if r.decay=='exponential' else r.decay # `TableDistiller` makes the exponential one
-    return TrainingArguments(
+    settings = dict(
         output_dir=str(folder), max_steps=steps, per_device_train_batch_size=r.batch,
         gradient_accumulation_steps=r.accumulate, learning_rate=lr, warmup_steps=round(r.warmup*steps),
         lr_scheduler_type=schedule, weight_decay=r.weight_decay, max_grad_norm=1., bf16=r.bf16,
@@ -164,6 +168,7 @@ def training_args(r:Recipe, task, folder, seed:int, lr:float, steps:int)->Traini
         load_best_model_at_end=True, metric_for_best_model=task.metric, greater_is_better=task.higher,
         train_sampling_strategy='group_by_length', seed=seed, data_seed=seed, report_to='none',
         remove_unused_columns=False)
+    return TrainingArguments(**{**settings, **others})
 
 # %% ../../nbs/03f_recipe.ipynb #4c4e5f61
 class LogTo(TrainerCallback):
@@ -201,6 +206,22 @@ class FirstEstimate(TrainerCallback):
         all_runs = this_run*sum(costs.values())/costs[self.run.key]
         minutes = all_runs/self.run.workers/60
         text = f'about {minutes:.0f} minutes for {len(costs)} runs, as measured here in {seconds:.0f} s'
+        log_progress(self.run.folder.parent, text)
+
+class LogPace(TrainerCallback):
+    "Write the pace of `run` to the progress log every `minutes`"
+    def __init__(self, run, minutes:float=10.):
+        self.run = run
+        self.minutes = minutes
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.pace = Pace(state.global_step, state.max_steps)
+        self.last = time.monotonic()
+    def on_step_end(self, args, state, control, **kwargs):
+        waiting = time.monotonic()-self.last<60*self.minutes
+        if waiting or not state.is_world_process_zero: return
+        self.last = time.monotonic()
+        step = state.global_step
+        text = f'{self.run.cell}: step {step}/{state.max_steps}, {self.pace.at(step)}'
         log_progress(self.run.folder.parent, text)
 
 # %% ../../nbs/03f_recipe.ipynb #03c0f1e7
