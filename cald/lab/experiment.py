@@ -54,8 +54,8 @@ class Experiment:
     mixer = 'mamba2'                 # replaces attention
     rows = {m: {} for m in MODES}|STARTED # name -> `mode` (or the name) and overrides, perhaps {task: value}
     modules = [f'cald.{m}' for m in (  # their code decides the result; a subclass adds its own, itself last
-        'ops kernels.scan_source kernels.ops_cpp kernels.conv kernels.norm mixers models init convert '
-        'calibrate align pretrained resume loop hidden_states losses guidance trainer distill '
+        'ops kernels.scan_source kernels.ops_cpp kernels.conv kernels.norm mixers cache models init '
+        'convert calibrate align pretrained resume loop hidden_states losses guidance trainer distill '
         'lab.ablation lab.recipe lab.experiment').split()]
     metrics = {}                     # metric -> name in the table
     record = 16                      # dev samples whose hidden states are recorded during training; 0: none
@@ -128,8 +128,7 @@ def ready(self:Experiment, c, r:Recipe, labels,
     if r.reset: reinitialise(student, r.reset, c.seed)
     waypoints = find_snapshots(standard/'train')
     loss = self.task_loss(source, labels)
-    teachers = target,source,waypoints
-    return student,guidance_for(c.mode, r, *teachers, self.load, loss, **self.trajectory(r))
+    return student,guidance_for(c.mode, r, target, source, waypoints, self.load, loss, **self.trajectory(r))
 
 # %% ../../nbs/03g_experiment.ipynb #7076d329
 @patch
@@ -280,8 +279,7 @@ def shown(self:Experiment, summary)->pd.DataFrame: # of `table`
 def plot_modes(self:Experiment, summary):
     "The test metric of every row of `table`: seeds, mean and 95 % interval"
     shown = {name: self.metrics[t.metric] for name,t in self.tasks.items()}
-    metrics = summary.task.map(shown)
-    return plots.plot_modes(summary[summary.metric==metrics], self.tasks)
+    return plots.plot_modes(summary[summary.metric==summary.task.map(shown)], self.tasks)
 
 @patch
 def curves(self:Experiment, results, store)->pd.DataFrame:

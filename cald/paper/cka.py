@@ -191,6 +191,7 @@ class Study:
         if steps: grid_args |= dict(steps=steps, steps_student=steps)
         return self.exp.train(self.data_args, grid_args, self.data, self.store, retrain, workers)
 
+# %% ../../nbs/08_cka.ipynb #08ca0001
 def read_study(kind:str, # of `KINDS`
                tasks, modes, seeds, scale, source='', runs='',
                data_file='', # TOML file, see `cald.lab.data_file`

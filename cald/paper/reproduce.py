@@ -184,8 +184,8 @@ def _check_needs(artefacts, given, seeds, workers, dry):
     for r in needs.itertuples(): print(f'  {r.need}: {r.state} ({r.result})')
     missing = needs[needs.state.str.startswith('missing')].need.tolist()
     if missing and not dry:
-        raise ValueError(f"missing: {', '.join(missing)}; name sources and data in a file, and pass --data FILE "
-                         '(see 03h_data_file)')
+        raise ValueError(f"missing: {', '.join(missing)}; name sources and data in a file and pass it "
+                         'as --data FILE (see 03h_data_file)')
 
 def reproduce(names=('all',), scale='demo', seeds=3, publish=False, retrain=False, force=False, workers=0,
               dry=False, data='', artefacts=None)->Path:

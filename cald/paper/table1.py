@@ -85,6 +85,7 @@ SOURCES = dict(demo='roberta-demo', paper='FacebookAI/roberta-base')
 
 # %% ../../nbs/06_nlp.ipynb #d5a9951a
 _TITLES = dict(qnli='QNLI', qqp='QQP', sst2='SST2', imdb='IMDB')
+_aligned = STARTED['target, aligned']
 
 class Nlp(Experiment):
     "Table 1: RoBERTa and its Linformer students"
@@ -103,8 +104,8 @@ class Nlp(Experiment):
         'hybrid': {},
         'random weights': dict(mode='unguided', init='source', random_student=True),
         **STARTED,
-        'target, aligned, k 64': dict(STARTED['target, aligned'], k=64),
-        'target, aligned, Mamba2': dict(STARTED['target, aligned'], mixer='mamba2', steps_student=1200)}
+        'target, aligned, k 64': dict(_aligned, k=64),
+        'target, aligned, Mamba2': dict(_aligned, mixer='mamba2', steps_student=1200)}
     modules = [*Experiment.modules, 'cald.tasks.text', 'cald.paper.table1']
     metrics = dict(accuracy='accuracy', f1='F1', correlation='rank correlation', rmse='RMSE')
     numbers = False # regression
@@ -116,14 +117,20 @@ class Nlp(Experiment):
     def mixer_args(self, mixer, r): return dict(k=r.k, share=r.share) if mixer=='linformer' else {}
     def trajectory(self, r): return dict(lr=r.lr_teacher or r.lr, every=r.cycle)
     def collate(self, items): return collate_text(items, self.processor.pad_token_id)
-    def source(self, c, r, labels):
-        random = r.random or (r.random_student and c.mode!='standard')
-        return load_classifier(c.source, len(labels) or 1, r.dropout, random)
-    def judge(self, model, ds):
-        predicted = predict_text(model, ds, self.processor.pad_token_id, self.numbers)
-        true = torch.tensor([o['labels'] for o in ds])
-        if self.numbers: return number_scores(predicted, true)
-        return text_scores(predicted, true, model.config.num_labels)
+
+
+# %% ../../nbs/06_nlp.ipynb #06aa0004
+@patch
+def source(self:Nlp, c, r, labels):
+    random = r.random or (r.random_student and c.mode!='standard')
+    return load_classifier(c.source, len(labels) or 1, r.dropout, random)
+
+@patch
+def judge(self:Nlp, model, ds):
+    predicted = predict_text(model, ds, self.processor.pad_token_id, self.numbers)
+    true = torch.tensor([o['labels'] for o in ds])
+    if self.numbers: return number_scores(predicted, true)
+    return text_scores(predicted, true, model.config.num_labels)
 
 # %% ../../nbs/06_nlp.ipynb #f4cf6e25
 @patch

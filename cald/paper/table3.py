@@ -117,7 +117,8 @@ def add_task(self:Speech, name:str,
     "Replace the tasks by one of the user's own; ValueError for the name of a task of the paper"
     if name in SPEECH_TASKS: raise ValueError(f'{name} is a task of Table 3: call your own by another name')
     like = SPEECH_TASKS[check_name(kind, SPEECH_TASKS, 'kind of task')]
-    self.tasks = {name: replace(like, name=name, title=like.title.replace(like.title.split(',')[0], name), own=True)}
+    metric = like.title.partition(',')[2]
+    self.tasks = {name: replace(like, name=name, title=f'{name},{metric}', own=True)}
     scale_settings(name, **SETTINGS[kind])
 
 # %% ../../nbs/05_speech.ipynb #89435f67

@@ -50,7 +50,8 @@ def read_data(path, task:str, # '' generates the stand-in
     if not path: return generate(cache, SMOKE_SIZES if scale=='smoke' else None)
     path = Path(path).expanduser()
     if not path.exists(): raise FileNotFoundError(f'data for the task {task}: {path} does not exist')
-    if path.is_file(): return read_manifest(path, NORMALISE[check_name(normalise, NORMALISE, 'way to normalise')])
+    prepare = NORMALISE[check_name(normalise, NORMALISE, 'way to normalise')]
+    if path.is_file(): return read_manifest(path, prepare)
     digits = path/'recordings' if (path/'recordings').is_dir() else path
     is_digits = next(digits.glob('[0-9]_*_*.wav'), None)
     return read_digits(digits, task, cache) if is_digits else NATIVE[task](path)
@@ -90,7 +91,7 @@ def make_corpus(df, task:SpeechTask, source:str,
     of_any_task = {s for t in SPEECH_TASKS.values() for s in t.splits(df)}
     df = df[df.split.isin(of_any_task) | unknown_split]
     hash = corpus_hash(df, source)
-    checked = Path(cache)/f'checked-{task.kind}-{hash[:16]}' # exists once every sample was read without a problem
+    checked = Path(cache)/f'checked-{task.kind}-{hash[:16]}' # exists once every sample was read
     rows = df[df.split.isin(use) | ~df.split.isin(SPEECH_SPLITS.values())]
     _,left = check_manifest(rows, task.kind, vocab=task.vocab(df), drop=drop,
                             frames=frame_count(AutoConfig.from_pretrained(path)), read=not checked.exists())

@@ -128,7 +128,7 @@ def read_numbers(path, task:str, # a name for messages
     df = read_folder(path, task, files) if path.is_dir() else tidy(read_table(path), task, path)
     values = pd.to_numeric(df.label, errors='coerce').astype(float)
     set_problem(df, ~np.isfinite(values), 'the label is not a finite number')
-    if values.nunique()<2: raise DataError(f'{path}: regression needs different numbers in the column `label`')
+    if values.nunique()<2: raise DataError(f'{path}: all numbers are equal: regression needs different ones')
     halves = np.where(values>values.median(), 'large', 'small')
     good = check_text_rows(df.assign(label=halves), task, path, seed, drop)
     good = good.assign(label=df.label[good.index])[TEXT_COLUMNS].reset_index(drop=True)
@@ -222,6 +222,7 @@ def split_features(df)->tuple: # split -> features, split -> labels
     labels = df.label.to_numpy()
     return {s: features[i] for s,i in rows.items()},{s: labels[i] for s,i in rows.items()}
 
+# %% ../../nbs/04m_text_tasks.ipynb #5d0a4e06
 def ridge_baseline(df, # of `read_numbers`
                    alphas=(.1,.3,1.,3.,10.))->dict:
     "The `alpha` of a ridge regression that is best on dev, and the `number_scores` of the test split"
