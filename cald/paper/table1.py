@@ -50,8 +50,8 @@ RATES = dict( # scale -> learning rates that the search tries
     paper=[1e-5,3e-5,1e-4,3e-4])
 CHOSEN = dict( # scale -> mode -> task -> learning rate of the students
     demo=dict(
-        target=dict(qnli=2e-3, qqp=2e-3, sst2=1e-3, imdb=2e-3),
-        unguided=dict(qnli=5e-4, qqp=2e-3, sst2=1e-3, imdb=2.5e-4)),
+        target=dict(qnli=1e-3, qqp=1e-3, sst2=2e-3, imdb=1e-3),
+        unguided=dict(qnli=1e-3, qqp=2.5e-4, sst2=2.5e-4, imdb=2.5e-4)),
     paper=dict(
         target=dict(qnli=3e-5, qqp=3e-5, sst2=3e-5, imdb=3e-5),
         unguided=dict(qnli=3e-5, qqp=3e-5, sst2=3e-5, imdb=3e-5)))
