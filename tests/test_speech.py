@@ -1,7 +1,10 @@
 "Speech experiments: what must not change between two ways of doing the same, and what must stop before training."
+import tracemalloc
 from pathlib import Path
 import numpy as np, pandas as pd, pytest, soundfile as sf, torch, torch.nn.functional as F
-from cald.lab.grid import cell,run_key
+from transformers import Trainer
+from cald.guidance import Unguided
+from cald.lab.grid import cell,run_key,settings
 from cald.lab.queue import helper_processes
 from cald.lab.experiment import train_as_helper
 from cald.lab.store import Store
@@ -170,3 +173,36 @@ def test_transcripts_are_normalised_as_asked(data, tmp_path):
     read = lambda how: read_data(str(home/'loud.tsv'), 'asr', tmp_path, normalise=how).text[0]
     assert (read('none'),read('lower'),read('letters'))==(df.text[0].upper()+'!', df.text[0]+'!', df.text[0])
     with pytest.raises(ValueError, match='letters'): read('leters')
+
+def test_a_streamed_corpus_does_not_grow_with_its_hours(tmp_path):
+    "Reading and checking keep no audio, and neither audio nor hashes are read a second time"
+    source,noise = smoke_wav2vec2(tmp_path),np.random.default_rng(0)
+    def peak(n):
+        home = tmp_path/str(n)
+        home.mkdir()
+        rows = []
+        for i in range(n):
+            sf.write(home/f'{i}.wav', .1*noise.standard_normal(160000), 16000)
+            rows.append(dict(audio=f'{i}.wav', text='one', split=('train','dev','test')[i%3]))
+        pd.DataFrame(rows).to_csv(home/'m.tsv', sep='\t', index=False)
+        tracemalloc.start()
+        corpus = make_corpus(read_data(str(home/'m.tsv'), 'asr', home), TASKS['asr'], source, home, keep=False)
+        part = corpus.part(TASKS['asr'], 'train')
+        assert part.lengths==[10.]*len(part)
+        for item in part: assert item['samples']==160000==len(item['input_values'])
+        found = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return found
+    assert peak(60)<1.3*peak(6)
+
+def test_the_sampler_of_lengths_is_that_of_samples(data, tmp_path):
+    "A data set that knows its lengths is grouped as one that transformers has to read"
+    home,source,corpora = data
+    (_,c),*_ = exp.grid(['asr'], ['standard'], [0], source, 'smoke', steps=2)
+    part = corpora['asr'].part(TASKS['asr'], 'train')
+    run = Store(tmp_path).run(c, 'x')
+    trainer = exp.make_trainer(c, exp.recipe(**settings(c)), run, exp.source(c, exp.recipe(**settings(c)), part.labels), Unguided(), dict(train=part, dev=part), part.labels)
+    torch.manual_seed(0)
+    known = list(trainer._get_train_sampler())
+    torch.manual_seed(0)
+    assert known==list(Trainer._get_train_sampler(trainer))

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from fastcore.basics import patch
 from transformers import TrainerCallback,TrainingArguments
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from ..align import Alignment
 from ..convert import INITS
@@ -140,6 +141,14 @@ class TableDistiller(Distiller):
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _get_train_sampler(self, train_dataset=None):
+        "By the `lengths` of a data set that knows them: transformers would read every sample to measure it"
+        ds = self.train_dataset if train_dataset is None else train_dataset
+        if not hasattr(ds, 'lengths') or self.args.train_sampling_strategy!='group_by_length':
+            return super()._get_train_sampler(train_dataset)
+        size = self.args.train_batch_size*self.args.gradient_accumulation_steps
+        return LengthGroupedSampler(size, dataset=ds, lengths=ds.lengths)
 
     def create_scheduler(self, num_training_steps, optimizer=None):
         if self.floor is None: return super().create_scheduler(num_training_steps, optimizer)

@@ -101,14 +101,15 @@ def read(self:Speech, tasks:list, source:str, cache,
          data:str='',         # data of all tasks
          task_data:dict=None, # task -> its data, which goes before `data`
          scale:str='demo', keep:bool=True, drop:bool=False,
-         normalise:str='none' # transcripts of manifests; of `NORMALISE`
+         normalise:str='none', # transcripts of manifests; of `NORMALISE`
+         longest:float=0.     # seconds of a training utterance
         )->dict:
     "task -> its checked `SpeechCorpus`"
     corpora = {}
     for name in tasks:
         t = self.tasks[name]
         df = read_data((task_data or {}).get(name) or data, t.kind, cache, scale, normalise)
-        corpora[name] = make_corpus(df, t, source, cache, keep, drop)
+        corpora[name] = make_corpus(df, t, source, cache, keep, drop, longest)
     return corpora
 
 @patch

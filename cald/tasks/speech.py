@@ -126,9 +126,16 @@ class SpeechDataset(torch.utils.data.Dataset):
 
     def __len__(self): return len(self.df)
 
+    @property
+    def lengths(self)->list:
+        "The length of each utterance, without reading streamed audio: in frames, or in seconds"
+        known = isinstance(self.frames, (list,tuple))
+        return [len(f) for f in self.frames] if known else self.df.seconds.tolist()
+
     def __getitem__(self, i):
-        return dict(input_values=torch.as_tensor(self.frames[i]), samples=int(self.df.samples[i]),
-                    labels=self.ys[i], num_items=self.items[i])
+        x = torch.as_tensor(self.frames[i])
+        samples = len(x) if x.dim()==1 else int(self.df.samples[i])
+        return dict(input_values=x, samples=samples, labels=self.ys[i], num_items=self.items[i])
 
 # %% ../../nbs/04k_speech_tasks.ipynb #04a00006
 def collate_speech(items, least:int=SAMPLE_RATE//2 # samples
@@ -184,7 +191,7 @@ def predict_speech(model, ds, batch_size:int=32)->tuple: # predictions and truth
     "Predict the utterances of `ds`, long ones together, in eval mode"
     ctc = isinstance(ds.labels, Characters)
     predictions = {}
-    order = np.argsort([-len(f) for f in ds.frames])
+    order = np.argsort([-n for n in ds.lengths])
     was_training = model.training
     model.eval()
     for i in range(0, len(ds), batch_size):
