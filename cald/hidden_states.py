@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['state_length', 'state_mask', 'teacher_inputs', 'detach_output', 'complete_hidden_states', 'run_teacher',
            'train_teacher', 'average_gradients', 'clip_gradients', 'Taps', 'layer_paths', 'state_paths', 'stage_paths',
-           'sample_positions', 'collect_states', 'record_steps', 'read_record', 'RecordStates']
+           'sample_positions', 'without_head', 'collect_states', 'record_steps', 'read_record', 'RecordStates']
 
 # %% ../nbs/01d_hidden_states.ipynb #89a62404
 import inspect
@@ -223,6 +223,11 @@ def sample_positions(mask:Tensor, # (batch, length), True at valid positions
     return torch.cat(samples),torch.cat(positions)
 
 # %% ../nbs/01d_hidden_states.ipynb #de06f00c
+def without_head(model, paths):
+    "The base of `model` if all modules at `paths` are in it: logits would be computed for nothing"
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    return model.base_model if all(p.startswith(prefix) for p in paths) else model
+
 @torch.no_grad()
 def collect_states(model,
                    batch:dict,      # inputs of the model; labels are ignored
@@ -237,7 +242,7 @@ def collect_states(model,
     inputs = {k: v.to(model.device) for k,v in tensors.items()}
     model.eval()
     try:
-        with seeded_rng('states'), Taps(model, paths) as taps: model(**inputs)
+        with seeded_rng('states'), Taps(model, paths) as taps: without_head(model, paths)(**inputs)
     finally:
         for m,training in modes: m.training = training
     length = next(iter(taps.states.values())).shape[1]
@@ -280,7 +285,8 @@ class RecordStates(TrainerCallback):
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         if state.global_step not in self.steps or not state.is_world_process_zero: return
-        collected = collect_states(model, self.batch, state_paths(model), self.each, mean=True)
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=bool(args and args.bf16)): # as in training
+            collected = collect_states(model, self.batch, state_paths(model), self.each, mean=True)
         at,mean = [torch.stack(list(d.values())).half().cpu() for d in collected]
         self.rows.append(dict(steps=torch.tensor(state.global_step), at=at, mean=mean))
         columns = {k: torch.stack([r[k] for r in self.rows]) for k in self.rows[0]}
