@@ -47,7 +47,8 @@ def tokens_of(mask:Tensor)->Tensor: # (batch, heads, queries, keys) -> (batch, k
     last = mask[:,0,-1]
     if mask.shape[2]==1: return last
     tokens = is_allowed(own, own)
-    if torch.compiler.is_compiling() or torch.equal(own, last): return tokens # a graph cannot ask the data
+    in_graph = torch.compiler.is_compiling()
+    if not in_graph and torch.equal(own, last): return tokens
     positions = torch.arange(len(tokens[0]), device=mask.device).expand_as(tokens)
     until = torch.where(tokens, positions, -1).cummax(1).values
     before = F.pad(until[:,:-1], (1,0), value=-1) # the token before each position, or -1
@@ -57,8 +58,9 @@ def tokens_of(mask:Tensor)->Tensor: # (batch, heads, queries, keys) -> (batch, k
     visible = is_allowed(visible, own)
     hidden = tokens & ~visible                          # by a window, if they come before all others
     first = (tokens & visible).int().argmax(1, keepdim=True)
-    packed = (tokens & (before>=0) & ~seen).any() or (hidden & (positions>first)).any()
-    return None if packed else tokens
+    packed = ((tokens & (before>=0) & ~seen) | (hidden & (positions>first))).any()
+    if in_graph: torch._assert_async(~packed, 'converted layers cannot keep packed texts apart')
+    return None if not in_graph and packed else tokens
 
 # %% ../nbs/00d_mixers.ipynb #8f6b2fb2
 def zero_pads(x:Tensor, mask:Tensor=None)->Tensor:

@@ -215,6 +215,13 @@ def test_a_model_is_one_graph(name, to, left):
     kept = slice(None) if name=='text' else x['attention_mask'].bool()
     torch.testing.assert_close(got[kept], want[kept], rtol=1e-4, atol=1e-5)
 
+def test_a_graph_refuses_packed_texts_when_it_runs():
+    m,ids = student('lm', 'mamba2', layers=[1]),inputs('lm')['input_ids']
+    one,two = (torch.cat([torch.arange(30-n),torch.arange(n)]).expand(2, -1) for n in (0,12))
+    graph = torch.compile(m, backend='eager', fullgraph=True)
+    graph(ids, position_ids=one, use_cache=False)
+    with pytest.raises(RuntimeError, match='packed'): graph(ids, position_ids=two, use_cache=False)
+
 @pytest.mark.parametrize('name,to', [('text','linformer'),('mlm','mamba2'),('lm','mamba2')])
 def test_a_model_can_be_exported(name, to):
     m,x = student(name, to, layers=[1]),inputs(name, (20,9))
