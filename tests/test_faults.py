@@ -1,5 +1,5 @@
 "Faults that are injected: interruptions, damaged files, numbers that are not finite, foreign folders"
-import json, logging, os, shutil
+import json, logging, os, re, shutil
 from pathlib import Path
 
 import pandas as pd
@@ -11,8 +11,10 @@ from cald.convert import convert
 from cald.distill import find_snapshots
 from cald.files import write_json
 from cald.guidance import Hybrid,load_snapshot,Target,Trajectory,Unguided,Waypoint
+from cald.lab.experiment import Experiment,Task
 from cald.lab.grid import cell
 from cald.lab.queue import train_missing
+from cald.lab.recipe import LogPace,Recipe
 from cald.lab.results import check_parameters,write_table
 from cald.lab.store import out_folder,Store
 from cald.losses import loss_preset
@@ -20,7 +22,7 @@ from cald.pretrained import shipped,weight_files
 from cald.resume import (checkpoint_problem,delete_checkpoint,last_checkpoint,list_checkpoints,load_state,MANIFEST,
                          save_state,write_checkpoint_manifest)
 from cald.tasks.text import TextData
-from test_distill import distiller,same,speech,utterances
+from test_distill import collate,distiller,same,speech,utterances
 
 pytestmark = pytest.mark.faults
 refused = pytest.mark.faults(refused=True) # for the table in conftest.py
@@ -353,6 +355,29 @@ def test_checkpoints_stay_until_the_result_is_written(tmp_path, monkeypatch):
     assert not run.done and list_checkpoints(run.folder/'train')
     train_missing([c], fn, store, 'data')
     assert run.done and not list_checkpoints(run.folder/'train')
+
+# experiments
+
+class Toy(Experiment):
+    tasks = dict(toy=Task('toy', 'toy', 'loss', False))
+    record = 0
+    training = dict(logging_steps=1, report_to=[])
+    def judge(self, model, ds): return dict(loss=1.)
+    collate = staticmethod(collate)
+
+@pytest.mark.parametrize('steps,evals,waypoints,snapshots', [(4,10,2,{4}), (4,2,0,{2,4}), (12,6,3,{4,8,12}), (3,2,1,{2})])
+def test_a_short_standard_run_leaves_a_snapshot(tmp_path, steps, evals, waypoints, snapshots):
+    "Without one, waypoint guidance would fail after the standard model is trained"
+    r = Recipe(steps=steps, batch=2, lr=1e-3, lr_student=1e-3, alpha=1., evals=evals, waypoints=waypoints)
+    run = Store(tmp_path).run(cell('toy'), 'data')
+    trainer = Toy().make_trainer(run.cell, r, run, speech(), Unguided(), dict(train=utterances(4), dev=utterances(2)), None)
+    assert trainer.snapshots==snapshots and (trainer.args.logging_steps,trainer.save_minutes)==(1,15.)
+
+def test_a_long_run_logs_its_pace(tmp_path):
+    run = Store(tmp_path).run(cell('toy'), 'data')
+    distiller(tmp_path/'run', Unguided(), max_steps=2, callbacks=[LogPace(run, minutes=0)]).train()
+    lines = (tmp_path/'progress.log').read_text().splitlines()
+    assert len(lines)==2 and re.fullmatch(r'toy .*: step 1/2, [0-9.]+ s a step, 0:00:[0-9]+ left', lines[0])
 
 # names and folders
 
