@@ -153,7 +153,7 @@ def run(self:Alignment, student, data, collate,
     args = self.training_args(folder, **kwargs)
     trainer = Aligner(student, args, data, self.teacher, data_collator=collate, progress=progress,
                       changed=changed)
-    description = as_read(trainer.description())
+    description = as_read({**trainer.description(), **self.settings()})
     if resume and (folder/'aligned.json').exists():
         check_description(folder, description, changed)
         return self.restore(student, folder)
@@ -185,7 +185,8 @@ def run(self:Alignment, student, data, collate,
 def restore(self:Alignment, student, folder)->pd.DataFrame:
     "Load the mixers that a finished alignment left in `folder`; ValueError if it had other settings"
     done = read_json(folder/'aligned.json')
-    if done['settings']!=self.settings():
+    before = not (folder/'run.json').exists() # by an earlier version
+    if before and done['settings']!=self.settings():
         raise ValueError(f"{folder} has an alignment with {done['settings']}, not {self.settings()}: "
                          'delete it, or choose another folder')
     student.load_state_dict(load_file(folder/'aligned.safetensors'), strict=False)

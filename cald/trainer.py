@@ -127,20 +127,20 @@ def end_step(self:ResumableTrainer, control):
     "After a step of the optimizer: save the snapshot that is due, stop after Ctrl-C"
     step = self.state.global_step
     if step in self.snapshots and self.args.should_save: self.save_snapshot(step)
-    old = time.monotonic()-self._saved_at>=60*self.save_minutes
-    due = old and self.args.process_index==0 and self.args.save_strategy!='no'
-    stop,due = any_process([self._stopped, due], self.args.device)
+    old = self.args.save_strategy!='no' and time.monotonic()-self._saved_at>=60*self.save_minutes
+    stop,due = any_process([self._stopped, old and self.args.process_index==0], self.args.device)
     if stop: self._stopped = control.should_training_stop = True
     if (stop or due) and not control.should_save: self._between = control.should_save = True
-    if self.state.epoch%1==0: # the end of an epoch
-        self._save_later = control.should_save
-        control.should_save = False
+    if self.state.epoch%1==0 or step==self.state.max_steps: # `end_epoch` follows
+        control.should_save,self._save_later = False,control.should_save
 
 @patch
 def end_epoch(self:ResumableTrainer, control):
-    "At the end of an epoch: save what the last step would have; make no evaluation of a part of an epoch"
+    "At the end of an epoch, or where the run stops: save what is due, evaluate no part of an epoch"
+    if control.should_save: self._between = False
     control.should_save,self._save_later = control.should_save or self._save_later,False
-    if self._stopped and self.state.epoch%1: control.should_evaluate = control.should_save = False
+    ended = self.state.epoch%1==0 or self.state.global_step==self.state.max_steps
+    if self._stopped and not ended: control.should_evaluate = control.should_save = False
 
 @patch
 def save_snapshot(self:ResumableTrainer, step:int):

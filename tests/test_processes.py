@@ -1,0 +1,160 @@
+"""Two processes train one model: their objective is that of one process with the micro-batches of both, and a signal that one of
+them gets ends both. The processes are forked from this one and use gloo."""
+import json, os, signal, socket, sys, time, traceback
+
+import pytest, torch
+import torch.nn.functional as F
+from accelerate.state import AcceleratorState
+from transformers import (RobertaConfig,RobertaForMaskedLM,RobertaForSequenceClassification,TrainerCallback,TrainingArguments)
+
+from cald.distill import Distiller
+from cald.guidance import Target,Trajectory
+from cald.loop import content_hash
+from cald.losses import loss_preset
+from cald.resume import last_checkpoint
+from test_distill import speech,utterances
+
+SIZE = dict(vocab_size=20, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=8, max_position_embeddings=24,
+            pad_token_id=1, hidden_dropout_prob=0., attention_probs_dropout_prob=0.)
+QUIET = dict(layerdrop=0., hidden_dropout=0., attention_dropout=0., activation_dropout=0., feat_proj_dropout=0., final_dropout=0.,
+             apply_spec_augment=False)
+
+def roberta(seed, cls=RobertaForSequenceClassification, **kw):
+    torch.manual_seed(seed)
+    return cls(RobertaConfig(**{**SIZE, **kw}))
+
+def sentences(n=16):
+    "Of 3 to 18 tokens, so that micro-batches have unlike numbers of them"
+    g = torch.Generator().manual_seed(0)
+    return [dict(input_ids=torch.randint(3, 20, (int(torch.randint(3, 19, (1,), generator=g)),), generator=g), labels=i%2) for i in range(n)]
+
+def pad(rows):
+    n = max(len(r['input_ids']) for r in rows)
+    ids = torch.stack([F.pad(r['input_ids'], (0, n-len(r['input_ids'])), value=1) for r in rows])
+    return dict(input_ids=ids, attention_mask=(ids!=1).long(), labels=torch.tensor([r['labels'] for r in rows]))
+
+def pad_masked(rows):
+    "Labels at the tokens alone"
+    batch = pad(rows)
+    return dict(batch, labels=batch['input_ids'].masked_fill(batch['attention_mask']==0, -100))
+
+def pad_audio(rows):
+    "Without the noise of test_distill"
+    n,m = (max(len(r[k]) for r in rows) for k in ('input_values','labels'))
+    return dict(input_values=torch.stack([F.pad(r['input_values'], (0, n-len(r['input_values']))) for r in rows]),
+                attention_mask=torch.stack([(torch.arange(n)<len(r['input_values'])).long() for r in rows]),
+                labels=torch.stack([F.pad(r['labels'], (0, m-len(r['labels'])), value=-100) for r in rows]))
+
+KINDS = ['classes','tokens','characters','trajectory']
+
+def make(kind, folder, size, steps=2, **kw):
+    "A run of gradient descent, whose weights after each step are the sum of its gradients"
+    args = TrainingArguments(str(folder), max_steps=steps, per_device_train_batch_size=size, gradient_accumulation_steps=2, optim='sgd',
+                             learning_rate=.1, warmup_steps=0, lr_scheduler_type='constant', max_grad_norm=0., logging_steps=1,
+                             use_cpu=True, report_to='none', **{'save_strategy':'no', **kw})
+    task_sum = kind=='characters'
+    if kind=='tokens':
+        models = [roberta(s, RobertaForMaskedLM) for s in (0,1)]
+        parts = pad_masked,Target(models[1], loss_preset(alpha_output=1.))
+    elif kind=='characters': parts = pad_audio,Target(speech(3, **QUIET), loss_preset('paper-speech'))
+    elif kind=='trajectory': parts = pad,Trajectory(roberta(1), lr=1e-2, warmup=0)
+    else: parts = pad,Target(roberta(1))
+    model = speech(0, **QUIET) if task_sum else models[0] if kind=='tokens' else roberta(0)
+    data = utterances(16) if task_sum else sentences()
+    return Distiller(model, args, data, parts[1], data_collator=parts[0], task_sum=task_sum, progress='none')
+
+def summary(d):
+    "What the run has logged, and its weights by name"
+    logs = [{k: v for k,v in l.items() if 'loss' in k} for l in d.state.log_history]
+    return dict(logs=logs, weights={n: p.tolist() for n,p in d.model.named_parameters()})
+
+def launch(work, *args, seconds=120)->list:
+    "The exit codes of two forked processes of one launch, each of which does work(rank, *args)"
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        port = s.getsockname()[1]
+    pids = []
+    for rank in range(2):
+        sys.stdout.flush()
+        if pid := os.fork():
+            pids.append(pid)
+            continue
+        try:
+            torch.set_num_threads(1)
+            AcceleratorState._reset_state(reset_partial_state=True)
+            os.environ.update(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port), WORLD_SIZE='2', RANK=str(rank), LOCAL_RANK=str(rank),
+                              GLOO_SOCKET_IFNAME='lo')
+            work(rank, *args)
+            torch.distributed.destroy_process_group()
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    codes = {}
+    end = time.monotonic()+seconds
+    while len(codes)<2 and time.monotonic()<end:
+        for pid in set(pids)-codes.keys():
+            done,status = os.waitpid(pid, os.WNOHANG)
+            if done: codes[pid] = os.waitstatus_to_exitcode(status)
+        time.sleep(.01)
+    for pid in set(pids)-codes.keys():
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    return [codes.get(pid, 'hangs') for pid in pids]
+
+def train_kinds(rank, folder):
+    for kind in KINDS:
+        d = make(kind, folder/kind, 2)
+        d.train()
+        assert d.args.world_size==2
+        if rank==0: (folder/f'{kind}.json').write_text(json.dumps(summary(d)))
+
+@pytest.fixture(scope='module')
+def of_two(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('two')
+    assert launch(train_kinds, folder)==[0,0]
+    return folder
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_two_processes_have_the_objective_of_one(kind, of_two, tmp_path):
+    two = json.loads((of_two/f'{kind}.json').read_text())
+    d = make(kind, tmp_path, 4)
+    d.train()
+    one = summary(d)
+    for a,b in zip(one['logs'], two['logs'], strict=True): assert a==pytest.approx(b, rel=1e-5)
+    start = dict(make(kind, tmp_path, 4).model.named_parameters())
+    for name,p in one['weights'].items():
+        moved = (torch.tensor(p)-start[name].detach()).abs().max().item()
+        torch.testing.assert_close(torch.tensor(p), torch.tensor(two['weights'][name]), rtol=0, atol=1e-4*moved+1e-7, msg=name)
+
+class Signals(TrainerCallback):
+    "Sends this process `signals`, a dict from step to signal"
+    def __init__(self, signals): self.signals = signals
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step in self.signals: os.kill(os.getpid(), self.signals[state.global_step])
+
+def train_with_signals(rank, folder, signals):
+    "Train until the end or a signal; one process has written what it knows"
+    d = make('trajectory', folder/'run', 2, steps=6, save_strategy='steps', save_steps=4)
+    d.add_callback(Signals(signals.get(rank, {})))
+    stopped = False
+    try: d.train(resume=True)
+    except KeyboardInterrupt: stopped = True
+    result = dict(step=d.state.global_step, stopped=stopped, weights=content_hash(d.model.state_dict()),
+                  teacher=content_hash(d.guidance.teacher.state_dict()), logs=summary(d)['logs'])
+    (folder/f'{rank}.json').write_text(json.dumps(result))
+
+def test_a_signal_to_one_process_stops_both_and_the_run_resumes(tmp_path):
+    "One process gets SIGTERM in its third step, the other one SIGINT in the fourth, which it never makes"
+    def run(name, signals):
+        folder = tmp_path/name
+        folder.mkdir(exist_ok=True)
+        assert launch(train_with_signals, folder, signals)==[0,0]
+        return [json.loads((folder/f'{rank}.json').read_text()) for rank in (0,1)]
+    cut = run('cut', {0: {3: signal.SIGINT}, 1: {2: signal.SIGTERM}})
+    assert [r['step'] for r in cut]==[3,3] and all(r['stopped'] for r in cut)
+    assert last_checkpoint(tmp_path/'cut'/'run').name=='checkpoint-3'
+    again,straight = run('cut', {}),run('straight', {})
+    assert [r['step'] for r in again]==[6,6] and not any(r['stopped'] for r in again)
+    for name in ('weights','teacher'): assert len({r[name] for r in again+straight})==1
+    for a,b in zip(again[0]['logs'], straight[0]['logs'], strict=True): assert a==pytest.approx(b, rel=1e-6)
