@@ -21,10 +21,10 @@ from transformers import default_data_collator,TrainingArguments
 from .calibrate import attention_pairs,calibrate,first,layer_errors,on_attention,run_layers,squares
 from .files import read_json,write_atomic,write_json
 from .hidden_states import state_mask
-from .loop import as_read,check_description,describe
+from .training.loop import as_read,check_description,describe
 from .resume import (delete_checkpoint,list_checkpoints,load_state,rng_state,save_state,
                          set_rng_state)
-from .trainer import ResumableTrainer
+from .training.trainer import ResumableTrainer
 
 # %% ../nbs/02c_align.ipynb #02b20001
 class Aligner(ResumableTrainer):

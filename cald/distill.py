@@ -16,9 +16,9 @@ from transformers import Trainer
 from .files import check_type
 from .guidance import Guidance,Unguided
 from .hidden_states import complete_hidden_states,state_length,state_mask
-from .loop import describe,ProgressLines,seed_all,sum_over_processes,weigh_process,world_size
+from .training.loop import describe,ProgressLines,seed_all,sum_over_processes,weigh_process,world_size
 from .resume import find_snapshots
-from .trainer import ResumableTrainer
+from .training.trainer import ResumableTrainer
 
 # %% ../nbs/03_distill.ipynb #a3d0c001
 _all_ = ['find_snapshots', 'ProgressLines', 'seed_all'] # imported above; exported by this module too

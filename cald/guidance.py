@@ -12,7 +12,7 @@ from fastcore.basics import patch
 from transformers import get_scheduler
 from .files import check_share,check_type
 from .hidden_states import average_gradients,clip_gradients,run_teacher,train_teacher
-from .loop import sum_over_processes,world_size
+from .training.loop import sum_over_processes,world_size
 from .losses import as_loss,check_after,HiddenLoss
 from .resume import check_snapshots,load_snapshot,seeded_rng
 

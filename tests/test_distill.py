@@ -212,7 +212,7 @@ def test_the_last_complete_checkpoint_outlives_a_failed_one(tmp_path, monkeypatc
     def fail(folder):
         if folder.name=='checkpoint-6': raise OSError('disk full')
         write_checkpoint_manifest(folder)
-    monkeypatch.setattr('cald.trainer.write_checkpoint_manifest', fail)
+    monkeypatch.setattr('cald.training.trainer.write_checkpoint_manifest', fail)
     with pytest.raises(OSError, match='disk full'): d.train()
     assert last_checkpoint(tmp_path).name=='checkpoint-4' and [p.name for p in list_checkpoints(tmp_path)]==['checkpoint-4','checkpoint-6']
     monkeypatch.undo()

@@ -9,7 +9,7 @@ from cald.align import Alignment
 from cald.convert import convert
 from cald.distill import Distiller,find_snapshots
 from cald.guidance import Hybrid,Target,Trajectory,Unguided,Waypoint
-from cald.loop import content_hash
+from cald.training.loop import content_hash
 from cald.resume import last_checkpoint
 
 pytestmark = pytest.mark.faults

@@ -9,7 +9,7 @@ from transformers import (RobertaConfig,RobertaForMaskedLM,RobertaForSequenceCla
 
 from cald.distill import Distiller
 from cald.guidance import Target,Trajectory
-from cald.loop import content_hash
+from cald.training.loop import content_hash
 from cald.losses import loss_preset
 from cald.resume import last_checkpoint
 from test_distill import speech,utterances

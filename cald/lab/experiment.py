@@ -55,8 +55,8 @@ class Experiment:
     rows = {m: {} for m in MODES}|STARTED # name -> `mode` (or the name) and overrides, perhaps {task: value}
     modules = [f'cald.{m}' for m in (  # their code decides the result; a subclass adds its own, itself last
         'ops kernels.scan_source kernels.ops_cpp kernels.conv kernels.norm mixers cache models init '
-        'convert calibrate align pretrained resume loop hidden_states losses guidance trainer distill '
-        'lab.ablation lab.recipe lab.experiment').split()]
+        'convert calibrate align pretrained resume training.loop hidden_states losses guidance '
+        'training.trainer distill lab.ablation lab.recipe lab.experiment').split()]
     metrics = {}                     # metric -> name in the table
     record = 16                      # dev samples whose hidden states are recorded during training; 0: none
     save_minutes = 15.               # a checkpoint is due so long after the last

@@ -24,7 +24,7 @@ from ..align import Alignment
 from ..convert import INITS
 from ..distill import Distiller
 from ..files import check_name
-from ..loop import Pace
+from ..training.loop import Pace
 from ..guidance import Hybrid,Target,Trajectory,Unguided,Waypoint
 from .queue import log_progress
 from ..losses import loss_preset
