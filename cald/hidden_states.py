@@ -285,7 +285,8 @@ class RecordStates(TrainerCallback):
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         if state.global_step not in self.steps or not state.is_world_process_zero: return
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=bool(args and args.bf16)): # as in training
+        half = bool(args and args.bf16) # as in training
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=half):
             collected = collect_states(model, self.batch, state_paths(model), self.each, mean=True)
         at,mean = [torch.stack(list(d.values())).half().cpu() for d in collected]
         self.rows.append(dict(steps=torch.tensor(state.global_step), at=at, mean=mean))

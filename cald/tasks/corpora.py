@@ -106,8 +106,9 @@ def make_corpus(df, task:SpeechTask, source:str,
     hash = corpus_hash(df, source, cache)
     checked = Path(cache)/f'checked-{task.kind}-{hash[:16]}' # exists once every sample was read
     rows = df[df.split.isin(use) | ~df.split.isin(SPEECH_SPLITS.values())]
-    checked_rows,left = check_manifest(rows, task.kind, vocab=task.vocab(df), drop=drop,
-                                       frames=frame_count(AutoConfig.from_pretrained(path)), read=not checked.exists())
+    frames_of = frame_count(AutoConfig.from_pretrained(path))
+    checked_rows,left = check_manifest(rows, task.kind, vocab=task.vocab(df), drop=drop, frames=frames_of,
+                                       read=not checked.exists())
     if longest: left = pd.concat([left, without_long(checked_rows, longest)])
     df = df.drop(left.index)
     check_splits(df, task.name, use)

@@ -15,8 +15,8 @@ from fastcore.imports import IN_NOTEBOOK
 from fastcore.meta import delegates
 from transformers import PreTrainedModel,Trainer,TrainerCallback
 from ..files import check_name,write_json
-from .loop import (any_process,as_read,check_description,describe_data,describe_training,ProgressLines,
-                       SeededTrainer,sum_over_processes)
+from .loop import (any_process,as_read,check_description,describe_data,describe_training,
+                                ProgressLines,SeededTrainer,sum_over_processes)
 from ..pretrained import quietly
 from ..resume import (check_weights,checkpoint_problem,delete_checkpoint,finish_step_on_interrupt,
                          last_checkpoint,list_checkpoints,load_state,save_state,write_checkpoint_manifest)
