@@ -67,7 +67,8 @@ def complete_hidden_states(model):
     if not hasattr(model.config, 'layerdrop'):
         yield lambda out: out
         return
-    encoder = model.base_model.encoder
+    adapted = model.get_base_model() if hasattr(model, 'get_base_model') else model # of a peft model
+    encoder = adapted.base_model.encoder
     n = len(encoder.layers)
     kept = {} # number of the state -> state; n+1: output of the encoder
     def keep_as(i):

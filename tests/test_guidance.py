@@ -2,16 +2,19 @@
 import copy
 import gc
 import random
+import tempfile
 import weakref
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import RobertaConfig,RobertaForSequenceClassification,Wav2Vec2Config,Wav2Vec2ForCTC
+from transformers import RobertaConfig,RobertaForSequenceClassification,TrainingArguments,Wav2Vec2Config,Wav2Vec2ForCTC
 from transformers import get_scheduler
 from transformers.utils import ModelOutput
 
+from cald.convert import convert
+from cald.distill import Distiller
 from cald.guidance import Hybrid,Target,Trajectory,Unguided,Waypoint
 from cald.hidden_states import complete_hidden_states,run_teacher,state_length,state_mask
 from cald.losses import HiddenLoss,loss_preset
@@ -493,3 +496,24 @@ def test_a_hybrid_refuses_another_switch():
     b = Hybrid(Target(roberta()), until=4)
     for g in (a,b): g.setup(10)
     with pytest.raises(ValueError, match='stop=3, not with stop=4'): b.load_state_dict(a.state_dict())
+
+# ---- LoRA
+
+@pytest.mark.parametrize('lora', ['student','teacher','both'])
+@pytest.mark.parametrize('guidance', [Target, lambda t: Trajectory(t, lr=1e-3)])
+def test_adapters_of_lora_may_be_in_students_and_teachers_of_speech(lora, guidance):
+    "Wav2Vec2 completes its hidden states inside the wrapper of peft"
+    peft = pytest.importorskip('peft')
+    size = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16, conv_dim=(8,)*7, num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2, vocab_size=12, mask_time_prob=0.)
+    torch.manual_seed(0)
+    teacher = Wav2Vec2ForCTC(Wav2Vec2Config(**size))
+    student = convert(teacher, to='mamba2', seed=0)
+    adapters = peft.LoraConfig(target_modules=['intermediate_dense'], r=2)
+    if lora!='teacher': student = peft.get_peft_model(student, adapters)
+    if lora!='student': teacher = peft.get_peft_model(teacher, adapters)
+    rows = [dict(input_values=torch.randn(3200), labels=torch.tensor([1,2])) for _ in range(4)]
+    with tempfile.TemporaryDirectory() as folder:
+        args = TrainingArguments(folder, max_steps=2, per_device_train_batch_size=2, learning_rate=1e-3, logging_steps=1, save_strategy='no', use_cpu=True, report_to='none')
+        trainer = Distiller(student, args, rows, guidance(teacher), progress='none')
+        trainer.train()
+    assert all(log['loss_layer']>0 for log in trainer.state.log_history if 'loss_layer' in log)
