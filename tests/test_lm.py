@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig
 import cald.lab.experiment
 from cald.convert import convert
 from cald.paper.table2 import Lm,LmRecipe,zero_shot
-from cald.tasks.lm import encode,evaluate_lm,hold_out,load_lm,Rows,smoke_gpt_neox,TokenRows
+from cald.tasks.lm import encode,evaluate_lm,hold_out,lm_config,load_lm,Rows,smoke_gpt_neox,TokenRows
 from cald.data.tables import DataError
 from cald.lab.grid import cell,settings
 from cald.lab.store import Store
@@ -208,3 +208,12 @@ metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
     want = np.mean([(likely(f'Row {i} is', ends[1])>likely(f'Row {i} is', ends[0]))==r for i,r in enumerate(right)])
     got = zero_shot(m, tok, ['mini'], tmp_path)
     assert got.value[0]==pytest.approx(want) and got.n[0]==n and got.stderr[0]>0
+
+def test_mamba_is_as_wide_as_the_papers_for_a_source_of_any_width(source):
+    width = lm_config(source).hidden_size
+    def sizes(scale, **over):
+        _,c = Lm().grid(['small'], ['target'], [0], source, scale, **over)[-1]
+        return settings(c)['d_inner'],settings(c)['dt_rank']
+    assert sizes('paper')==(width*5//2, width*5//64)
+    assert sizes('paper', d_inner=96)==(96, width*5//64)
+    assert sizes('smoke')==(0,0)
