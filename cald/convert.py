@@ -154,10 +154,11 @@ def check_spec(config):
     spec = getattr(config, 'cald', None)
     if not spec: raise ValueError('no `cald` in the configuration; `convert` adds it')
     try:
-        missing = sorted({'family','to','layers','args'}-spec.keys())
+        missing = sorted({'family','to','layers','args'}-dict(spec).keys())
         if missing: raise ValueError(f'no {missing[0]!r}')
         family = FAMILIES[check_name(spec['family'], FAMILIES, 'family')]
-        layer_numbers(spec['layers'], config.num_hidden_layers)
+        if config.num_hidden_layers>4096: raise ValueError('more than 4096 layers') # hours to build
+        layer_numbers(list(spec['layers']), config.num_hidden_layers)
         mixer_args(spec['to'], family, config, spec['args'])
     except (TypeError,ValueError) as e: raise ValueError(f'`cald` in the configuration: {e}') from e
 
@@ -189,8 +190,8 @@ def build_student(config, # of the student
 # %% ../nbs/01_convert.ipynb #839a45c7
 def _named_tensors(model):
     "Parameters and buffers of `model` by name; a shared one has an entry for each of its names"
-    parameters = model.named_parameters(remove_duplicate=False)
-    return {**dict(parameters), **dict(model.named_buffers(remove_duplicate=False))}
+    kinds = model.named_parameters,model.named_buffers
+    return {name: t for named in kinds for name,t in named(remove_duplicate=False)}
 
 def _copy_of(tensor):
     "A copy of a parameter or a buffer"
@@ -214,9 +215,8 @@ def copy_weights(student,        # as built from its configuration
     removed = {n for n in theirs if n not in ours and n.startswith(replaced)}
     unexplained = [n for n in {**theirs, **ours} if n not in common|new|removed]
     if unexplained:
-        names = ', '.join(unexplained[:3])
-        raise ValueError(f'the configuration of this {type(model).__name__} does not describe {names}: '
-                         'correct the configuration or the model')
+        raise ValueError(f'the configuration of this {type(model).__name__} does not describe '
+                         f"{', '.join(unexplained[:3])}: correct the configuration or the model")
     copies = {}
     for name in common:
         tensor = theirs[name]

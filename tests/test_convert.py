@@ -539,3 +539,21 @@ def test_transfer_takes_all_but_the_mixers():
     with pytest.raises(ValueError, match='classifier.out_proj'): transfer(s, wide)
     assert 'classifier.out_proj.weight' not in transfer(s, wide, strict=False)
     with pytest.raises(ValueError): transfer(s, model('lm'), strict=False)
+
+@pytest.mark.parametrize('change', [
+    dict(layers=[-1,-2]), dict(layers=[0,0]), dict(layers=None), dict(layers=[True,False]), dict(family=['roberta']), dict(to='__class__'),
+    dict(args=dict(chunk=0)), dict(args=dict(d_state=10**9)), dict(args=dict(d_conv=10**9)), dict(args=dict(__class__=1)), dict(args=[1]), [1], 'x', 200_000])
+def test_a_hostile_configuration_is_an_error(tmp_path, change):
+    "Names are looked up in tables only, and sizes are bounded before memory is taken"
+    config = transformers.RobertaConfig(vocab_size=20, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16, max_position_embeddings=16)
+    torch.manual_seed(0)
+    convert(transformers.RobertaForSequenceClassification(config), to='mamba2', seed=0).save_pretrained(tmp_path)
+    file = tmp_path/'config.json'
+    values = json.loads(file.read_text())
+    if isinstance(change, dict):
+        args = change.get('args')
+        values['cald'].update(change, args={**values['cald']['args'], **args} if isinstance(args, dict) else args or values['cald']['args'])
+    elif isinstance(change, int): values['num_hidden_layers'] = change
+    else: values['cald'] = change
+    file.write_text(json.dumps(values))
+    with pytest.raises((ValueError,RuntimeError)): transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path)
