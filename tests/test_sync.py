@@ -151,6 +151,7 @@ def unsupported_in_notebook(f, md=None):
     "Numbers in the prose of notebook `f` that no CSV holds, of its own tables where it makes any; formulas and section numbers are left out"
     from cald.paper.status import ARTEFACTS
     own = {r for a in ARTEFACTS if a.notebook==f.stem for r in a.results}
+    own |= {p.stem for p in (root/'paper_figures').glob('*_search.csv') if p.stem.removesuffix('_search') in own}
     md = '\n\n'.join(map(source, cells(f, 'markdown'))) if md is None else md
     md = re.sub(r'\$\$.+?\$\$|(?<!\w)\$[^$\n]+\$|[Ss]ections? \d+(?:\.\d+)*|§ ?\d+(?:\.\d+)*', ' ', md, flags=re.S)
     return unsupported(md, [*measured(own or None), *stated(f)])

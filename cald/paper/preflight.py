@@ -21,6 +21,8 @@ from ..data.tables import DataError
 from ..data.text import read_text_task
 from ..files import runs_folder
 from ..lab.data_file import DataFile,TASKS
+from ..lab.experiment import STARTED
+from ..lab.recipe import MODES
 from . import table1,table2,table3
 from .status import notebook_defaults
 from ..pretrained import find_source,weight_files
@@ -43,7 +45,8 @@ def trainings(a, seeds:int)->int:
     parameters = {**notebook_defaults(a.path), **a.params}
     tasks = sum(map(len, tasks_of(a).values()))
     if 'budgets' in parameters: tasks += len(parameters['budgets'])-1
-    return tasks*len(parameters.get('modes') or ())*seeds
+    modes = parameters.get('modes', []) or [*MODES, *STARTED] # a computed default is None
+    return tasks*len(modes)*seeds
 
 # %% ../../nbs/09ba_preflight.ipynb #9ba0000a
 def cached_file(source:str, name:str)->str:
@@ -112,7 +115,7 @@ def check_result(a, given:DataFile, seeds:int, workers:int, cache)->list: # (res
     if not sizes: return rows # a drawing
     if None in sizes: return rows+[(a.name, 'disk and memory', 'unknown before the source is there')]
     models = trainings(a, seeds)
-    standard = models//max(len(notebook_defaults(a.path).get('modes') or [1]), 1)
+    standard = sum(map(len, tasks_of(a).values()))*seeds
     free = shutil.disk_usage(next(p for p in (runs_folder(), *runs_folder().parents) if p.exists())).free
     disk = disk_needed(max(sizes), models, standard, workers)
     memory = memory_needed(max(sizes), True)
