@@ -45,6 +45,7 @@ def small(line):
     if words[:2]==['cald','reproduce'] and '--dry-run' not in words: return [*words,'--scale','smoke']
     return words
 
+@pytest.mark.xdist_group('readme') # one clone, and runs that two lines share
 @pytest.mark.parametrize('line', lines())
 def test_shell_lines_work_in_a_fresh_clone(clone, line):
     done = run(small(line), clone)
