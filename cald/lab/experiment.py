@@ -262,7 +262,7 @@ def kept(self:Experiment, results, summary)->list: # of `table`, before its metr
         best = standard[r.task,r.metric]
         if not task.higher: return 100*best/r.mean
         chance = results.chance[results.task==r.task].mean()
-        return 100*(r.mean-chance)/(best-chance) if best>chance else None
+        return 100*(r.mean-chance)/(best-chance)
     return [share(r) for r in summary.itertuples()]
 
 @patch
