@@ -9,6 +9,7 @@ __all__ = ['SOURCES', 'SNAPSHOTS', 'tasks_of', 'trainings', 'cached_file', 'sour
 # %% ../../nbs/09ba_preflight.ipynb #9ba00004
 import os
 import shutil
+from functools import lru_cache
 from pathlib import Path
 
 import pandas as pd
@@ -17,7 +18,6 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 
-from ..data.tables import DataError
 from ..data.text import read_text_task
 from ..files import runs_folder
 from ..lab.data_file import DataFile,TASKS
@@ -75,7 +75,7 @@ def data_state(kind:str, task:str, path:str, cache)->str: # '' as `path`: the da
         if kind=='lm': return 'missing: name the text in the data file, as data of [lm]'
         if kind=='text': return f'found, {len(read_text_task(path, task, cache, "paper"))} rows'
         return f'found, {len(read_data(path, task, cache, "paper"))} utterances'
-    except (OSError,ValueError,DataError) as e: return f'missing: {str(e).splitlines()[0]}'
+    except (OSError,ValueError) as e: return f'missing: {str(e).splitlines()[0]}'
 
 # %% ../../nbs/09ba_preflight.ipynb #9ba00010
 SNAPSHOTS = 10 # of a standard model, for waypoint guidance
@@ -102,7 +102,9 @@ def _room(what:str, needed:int, there:int)->str:
     enough = 'found' if needed<=there else 'missing'
     return f'{enough}: {_gib(needed)} of {what} needed at least, {_gib(there)} here'
 
-def check_result(a, given:DataFile, seeds:int, workers:int, cache)->list: # (result, need, state)
+def check_result(a, given:DataFile, seeds:int, workers:int, cache, # as of `preflight`
+                 source_state=source_state, data_state=data_state, # or versions that remember
+                )->list: # (result, need, state)
     "What result `a` needs at scale paper, and whether it is there"
     rows = []
     sizes = []
@@ -124,7 +126,9 @@ def check_result(a, given:DataFile, seeds:int, workers:int, cache)->list: # (res
 
 def preflight(artefacts, given:DataFile, seeds:int, workers:int, cache)->pd.DataFrame: # result, need, state
     "What the `artefacts` need at scale paper, and whether it is there; each need once"
-    rows = [row for a in artefacts for row in check_result(a, given, seeds, workers, cache)]
+    once = lru_cache(maxsize=None) # results share sources and data
+    states = dict(source_state=once(source_state), data_state=once(data_state))
+    rows = [row for a in artefacts for row in check_result(a, given, seeds, workers, cache, **states)]
     df = pd.DataFrame(rows, columns=['result','need','state'])
     results = df.groupby(['need','state'], sort=False).result.agg(' '.join).reset_index()
     return results[['result','need','state']]
