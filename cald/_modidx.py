@@ -1470,6 +1470,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'cald.tasks.speech.Characters.decode': ('speech_tasks.html#characters.decode', 'cald/tasks/speech.py'),
                                    'cald.tasks.speech.Characters.encode': ('speech_tasks.html#characters.encode', 'cald/tasks/speech.py'),
                                    'cald.tasks.speech.Characters.greedy': ('speech_tasks.html#characters.greedy', 'cald/tasks/speech.py'),
+                                   'cald.tasks.speech.Characters.of': ('speech_tasks.html#characters.of', 'cald/tasks/speech.py'),
                                    'cald.tasks.speech.Heads': ('speech_tasks.html#heads', 'cald/tasks/speech.py'),
                                    'cald.tasks.speech.Heads.__init__': ('speech_tasks.html#heads.__init__', 'cald/tasks/speech.py'),
                                    'cald.tasks.speech.Heads.__len__': ('speech_tasks.html#heads.__len__', 'cald/tasks/speech.py'),

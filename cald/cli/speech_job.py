@@ -82,7 +82,7 @@ class SpeechJob(Job):
         df = read_speech_rows(files, self.normalise)
         train = df[df.split=='train']
         if self.has_head: self.labels = self.trained_labels()
-        elif self.ctc: self.labels = Characters('|'+''.join(sorted(set(''.join(train.text))-{' '})))
+        elif self.ctc: self.labels = Characters.of(train.text)
         else: self.labels = Heads.fit(train[train.label!=''], ['label'])
         if not self.ctc:
             df = check_labels_of_rows(df, self.labels.classes['label'], self.has_head, self.drop)

@@ -35,6 +35,9 @@ class Characters:
         self.chars = chars
         self.ids = {c:i for i,c in enumerate(chars, 1)}
 
+    @classmethod
+    def of(cls, texts): return cls('|'+''.join(sorted(set(''.join(texts))-{' '}))) # alphabet of `texts`
+
     def __len__(self): return len(self.chars)+1
 
     def encode(self, text:str)->list:
@@ -93,7 +96,7 @@ class SpeechTask(Task):
         "`Characters` or `Heads` for the rows of manifest `df`"
         train = df[df.split=='train']
         if not self.ctc: return Heads.fit(train, self.columns)
-        return Characters('|'+''.join(sorted(set(''.join(train.text))-{' '}))) if self.own else Characters()
+        return Characters.of(train.text) if self.own else Characters()
 
     def vocab(self, df)->set:
         "The characters that a transcript may have"
