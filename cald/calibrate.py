@@ -187,10 +187,11 @@ def calibrate_output(student, teacher, batches,
         set_output(pairs[i][0].mixer, torch.linalg.solve(gram+penalty, moments))
 
 def calibrate(student, teacher, batches):
-    "Set the memory of mixers that started from the attention, and the output projection of every Mamba"
+    "Set the memory of mixers that started from the attention, and the output projection of all but Linformer"
     spec = student.config.cald
     if spec['to']=='mamba2' and spec.get('init')=='attention': calibrate_memory(student, teacher, batches)
-    if spec['to'].startswith('mamba'): calibrate_output(student, teacher, batches)
+    mixers = [directions(m.mixer)[0] for m in student.replacements.values()]
+    if mixers and all(hasattr(m, 'd_inner') for m in mixers): calibrate_output(student, teacher, batches)
 
 # %% ../nbs/02b_calibrate.ipynb #02b30001
 def prediction_distance(model, student, batch)->torch.Tensor:

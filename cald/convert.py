@@ -20,18 +20,16 @@ from torch import nn
 from .files import check_name,check_type
 from .init import (check_attention,fit_headdim,full_precision_fields,init_args,start_from_attention,
                        start_of)
-from .models import Converted,FAMILIES,Family,make_mixers,MIXER_CLASSES,MIXERS
+from .models import Converted,FAMILIES,Family,is_two_sided,make_mixers,MIXER_CLASSES,MIXERS
 
 # %% ../nbs/01_convert.ipynb #38e3a4cb
 def families():
     "Table of the families, models and mixers that `convert` supports"
     import pandas as pd
-    rows = []
-    for family in FAMILIES.values():
-        models = ', '.join(cls.__name__ for cls in family.students)
-        mixers = ', '.join(m for m in MIXERS[:3] if m!='linformer' or family.projections)
-        rows.append((family.name, models, mixers))
-    return pd.DataFrame(rows, columns=['family','models','mixers']).set_index('family')
+    def row(family):
+        mixers = 'all' if family.projections and not family.causal else 'all but linformer'
+        return family.name,', '.join(cls.__name__ for cls in family.students),mixers
+    return pd.DataFrame(map(row, FAMILIES.values()), columns=['family','models','mixers']).set_index('family')
 
 # %% ../nbs/01_convert.ipynb #6cf16ff0
 def family_of(model)->Family:
@@ -58,22 +56,25 @@ def default_args(to:str, family:Family, config, # of the source
     if to=='linformer':
         longest = getattr(config, 'max_position_embeddings', None)
         return dict(k=256, share='none', norm='length', max_length=longest)
-    parameters = signature(MIXER_CLASSES[to]).parameters
-    defaults = {name: p.default for name,p in parameters.items() if name!='d_model'}
-    return defaults if family.causal else {**defaults, 'expand':1, 'residual':False}
+    cls = MIXER_CLASSES[to]
+    parameters = signature(cls).parameters
+    defaults = {name: p.default for name,p in parameters.items() if name not in ('d_model','causal')}
+    if family.causal or is_two_sided(cls): return defaults
+    if 'expand' in defaults: defaults['expand'] = 1
+    return {**defaults, 'residual':False}
 
 # %% ../nbs/01_convert.ipynb #c0a10011
 def _is_number(x, kind=(int,float)): return isinstance(x, kind) and not isinstance(x, bool) and 0<x<math.inf
 def _is_size(x): return _is_number(x, int)
 def _is_range(x):
-    if not isinstance(x, (tuple,list)) or len(x)!=2: return False
-    return all(map(_is_number, x)) and x[0]<=x[1]
+    return isinstance(x, (tuple,list)) and len(x)==2 and all(map(_is_number, x)) and x[0]<=x[1]
 
 _rules = [ # arguments, test of a value, the rule in words
-    ('d_state d_conv headdim ngroups chunk k', _is_size, 'an integer above 0'),
+    ('d_state d_conv headdim ngroups chunk k window rank', _is_size, 'an integer above 0'),
     ('d_inner max_length', lambda x: x is None or _is_size(x), 'an integer above 0'),
     ('dt_rank', lambda x: x=='auto' or _is_size(x), "an integer above 0, or 'auto'"),
-    ('expand dt_min dt_max', _is_number, 'a number above 0'),
+    ('sinks rotary', lambda x: x==0 or _is_size(x), 'an integer, 0 or more'),
+    ('expand dt_min dt_max base', _is_number, 'a number above 0'),
     ('A_range', _is_range, 'two numbers above 0, the smaller one first'),
     ('bias conv_bias residual', lambda x: isinstance(x, bool), 'True or False'),
     ('seed', lambda x: x is None or type(x) is int, 'an integer, or None')]
@@ -105,7 +106,7 @@ def mixer_args(to:str,         # of `MIXERS`
     check_args(args)
     d_inner = args.get('d_inner') or int(args.get('expand', 1)*config.hidden_size)
     if not d_inner: raise ValueError(f"expand={args['expand']}: no width from d_model={config.hidden_size}")
-    if to=='mamba2' and 'headdim' not in given: args['headdim'] = fit_headdim(d_inner)
+    if 'headdim' in args and 'headdim' not in given: args['headdim'] = fit_headdim(d_inner)
     if to=='linformer' and args['max_length'] is None:
         raise TypeError(f'linformer for {family.name} needs max_length, the longest input in positions')
     return args
@@ -118,8 +119,7 @@ def layer_numbers(layers, # a number, several, or None for all
     if layers is None: return list(range(n))
     chosen = list(layers) if isinstance(layers, Iterable) else [layers]
     integers = all(isinstance(i, Integral) and not isinstance(i, bool) for i in chosen)
-    different = len(set(chosen))==len(chosen)
-    if not chosen or not integers or not different or not set(chosen)<=set(range(n)):
+    if not chosen or not integers or len(set(chosen)&set(range(n)))!=len(chosen):
         raise ValueError(f'layers={layers!r}: give different integers from 0 to {n-1}')
     return sorted(map(int, chosen))
 
@@ -225,7 +225,7 @@ def copy_weights(student,        # as built from its configuration
 
 # %% ../nbs/01_convert.ipynb #51db4750
 def convert(model,               # of a class that `families` lists; it does not change
-            to:str='mamba2',     # 'mamba2', 'mamba', 'linformer' or 'identity'
+            to:str='mamba2',     # of `MIXERS`: 'mamba2', 'mamba', 'linformer', 'gated_deltanet', ..
             layers=None,         # numbers of the layers to convert; None for all
             seed:int=None,       # of the new weights; None draws them from torch's global generator
             init:str='fresh',    # how mixers start: 'fresh' (the paper), or from the 'attention'

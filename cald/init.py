@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Linear', 'Projections', 'DT', 'ATTENTION_STARTS', 'as_linear', 'head_size', 'repeat_heads', 'split_fused',
            'split_rows', 'attention_projections', 'start_linformer', 'attention_shape_args', 'set_memory', 'open_gate',
-           'copy_projections', 'copy_output', 'start_mamba2', 'start_mamba', 'init_args', 'start_from_attention',
-           'start_of', 'dummy_inputs', 'check_attention', 'check_new_family', 'full_precision_fields', 'fit_headdim']
+           'copy_projections', 'start_mamba2', 'start_mamba', 'init_args', 'start_from_attention', 'start_of',
+           'dummy_inputs', 'check_attention', 'check_new_family', 'full_precision_fields', 'fit_headdim']
 
 # %% ../nbs/00h_init.ipynb #00f10003
 import copy
@@ -18,7 +18,9 @@ from torch import nn
 from transformers.cache_utils import Cache
 from transformers.pytorch_utils import Conv1D
 
+from .linear.attention import copy_output
 from .mixers import directions,LinformerProjection,Mamba2
+from .models import MIXER_CLASSES
 
 # %% ../nbs/00h_init.ipynb #00f10006
 Linear = namedtuple('Linear', 'weight bias') # (out, in), (out,)
@@ -127,13 +129,6 @@ def copy_projections(m:Mamba2, p:Projections, value:float=1., score:float=1.): #
         m.in_proj.weight[rows] = linear.weight*scale
         m.in_proj.bias[rows] = linear.bias*scale
 
-def copy_output(m, o:Linear, share:int, columns:slice=slice(None)):
-    "Start the output projection from `o` divided by `share`; the identity if the attention has none"
-    d = m.out_proj.weight[:,columns].shape[1]
-    weight = torch.eye(len(m.out_proj.weight), d) if o is None else o.weight
-    m.out_proj.weight.zero_()
-    m.out_proj.weight[:,columns] = weight.to(m.out_proj.weight)/share
-    m.out_proj.bias.copy_(0*m.out_proj.bias if o is None else o.bias/share)
 
 # %% ../nbs/00h_init.ipynb #00f10010
 @torch.no_grad()
@@ -174,16 +169,23 @@ def start_mamba(m, p:Projections, share:int=1): # arguments as in `start_mamba2`
 
 # %% ../nbs/00h_init.ipynb #00f10016
 def init_args(to:str, config)->dict: # of the source
-    "Arguments of the mixer `to` that init='attention' needs"
-    return dict(linformer=dict(norm='slots'), mamba=dict(bias=True), identity={},
-                mamba2=attention_shape_args(config))[to]
+    "Arguments of the mixer `to` that init='attention' needs; ValueError if it has no such start"
+    known = dict(linformer=dict(norm='slots'), mamba=dict(bias=True), identity={},
+                 mamba2=attention_shape_args(config))
+    if to in known: return known[to]
+    shape = getattr(MIXER_CLASSES[to], 'attention_args', None)
+    if shape is None: raise ValueError(f"{to} has no start from an attention: use init='fresh'")
+    return shape(config.num_attention_heads, head_size(config), config)
 
 def start_from_attention(mixer, attention, config): # configuration of the source
     "Start `mixer` from `attention`; ValueError if it cannot"
     if isinstance(mixer, LinformerProjection): return start_linformer(mixer)
     p = attention_projections(attention, config)
     parts = directions(mixer)
-    for m in parts: (start_mamba2 if isinstance(m, Mamba2) else start_mamba)(m, p, len(parts))
+    for m in parts:
+        if hasattr(m, 'start_from'): m.start_from(p, len(parts))
+        elif isinstance(m, Mamba2): start_mamba2(m, p, len(parts))
+        else: start_mamba(m, p, len(parts))
 
 # %% ../nbs/00h_init.ipynb #00f10019
 ATTENTION_STARTS = [ # mixer, end of a weight's name, how the weight starts
@@ -221,8 +223,13 @@ def start_of(name:str, # of a new weight
              spec:dict, # `config.cald` of its model
             )->str:
     "How the weight `name` starts"
-    starts = ATTENTION_STARTS+_fresh_starts if spec.get('init')=='attention' else _fresh_starts
-    start = next(s for mixer,end,s in starts if spec['to'].startswith(mixer) and name.endswith(end))
+    to = spec['to']
+    cls = MIXER_CLASSES.get(to)
+    starts = [(to,*start) for start in getattr(cls, 'starts', ())]+_fresh_starts
+    if spec.get('init')=='attention':
+        starts = [(to,*start) for start in getattr(cls, 'attention_starts', ())]+ATTENTION_STARTS+starts
+    starts.append(('', '', "torch's Linear" if hasattr(cls, 'starts') else 'as its class starts it'))
+    start = next(s for mixer,end,s in starts if to.startswith(mixer) and name.endswith(end))
     return start.format(**spec['args'])
 
 

@@ -1,5 +1,5 @@
 "Generation with states in place of keys and values: in pieces, in batches, by beams, and all that must be refused."
-import copy, functools
+import copy, functools, os
 
 import pytest, torch, torch.nn.functional as F, transformers
 from torch._dynamo.utils import counters
@@ -18,6 +18,9 @@ f64 = torch.float64
 size = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=48, vocab_size=60, max_position_embeddings=44,
             initializer_range=0.3)
 args = dict(mamba=dict(d_state=4, chunk=4), mamba2=dict(d_state=8, headdim=16, ngroups=2, chunk=4))
+more = dict(linear_attention=dict(headdim=8), retention=dict(headdim=8), gated_deltanet=dict(headdim=8),
+            rwkv7=dict(headdim=8, rank=4), s4d=dict(d_state=8), window=dict(headdim=8, window=5, sinks=2))
+if os.environ.get('CALD_SLOW'): args |= more # tests/test_linear.py has the shorter tests of these
 mixers = pytest.mark.parametrize('to', args)
 layouts = pytest.mark.parametrize('layers', [None,[0],[1,2]], ids=['all','first','last'])
 CUTS = ([12],[1]*12,[5,7],[1,2,9],[11,1])
@@ -356,11 +359,12 @@ def test_16_bit_models_keep_their_states_in_float32(to):
     y,cache = fed(m, ids, mask, [7,1,4])
     whole = m(ids, attention_mask=mask, position_ids=positions(mask)).logits
     assert y.dtype==torch.bfloat16 and (y-whole)[mask.bool()].abs().max()<0.05*whole.abs().max()
-    for i in (0,2): assert [t.dtype for t in cache.layers[i].state]==[torch.bfloat16,torch.float32]
+    kept = dict(s4d=torch.complex64, window=torch.long).get(to, torch.float32) # the window counts its tokens
+    for i in (0,2): assert [t.dtype for t in cache.layers[i].state]==[torch.bfloat16,kept]
     with torch.autocast('cpu', dtype=torch.bfloat16):
         m = m.float()
         y,cache = fed(m, ids, mask, [7,1,4])
-    assert (y.float()-whole.float())[mask.bool()].abs().max()<0.05*whole.abs().max() and cache.layers[0].state.ssm.dtype==torch.float32
+    assert (y.float()-whole.float())[mask.bool()].abs().max()<0.05*whole.abs().max() and cache.layers[0].state.ssm.dtype==kept
 
 # ---- what is refused
 

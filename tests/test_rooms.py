@@ -6,8 +6,8 @@ from cald.paper.status import imported_names
 from common import cells,library,module_name,source
 
 root = Path(__file__).parents[1]
-METHOD = {'method','kernels','training'}
-ALLOWED = dict(kernels={'kernels','method'}, method=METHOD, training=METHOD, lab=METHOD|{'lab'}, data={'data'}, tasks=METHOD|{'lab','data','tasks'},
+METHOD = {'method','kernels','linear','training'}
+ALLOWED = dict(kernels={'kernels','method'}, linear={'kernels','linear','method'}, method=METHOD, training=METHOD, lab=METHOD|{'lab'}, data={'data'}, tasks=METHOD|{'lab','data','tasks'},
                paper=METHOD|{'lab','data','tasks','paper'}, cli=METHOD|{'lab','data','tasks','paper','cli'}, pretrain=METHOD|{'lab','data','tasks','pretrain'})
 
 def modules(folder=library): return sorted(module_name(f, folder) for f in folder.rglob('*.py') if not f.name.startswith('_'))
