@@ -21,7 +21,7 @@ from fastcore.docments import docments
 
 # %% ../../nbs/11f_main.ipynb #029baffb
 def convert(model:str, # checkpoint: folder, hub id, or name of a shipped one
-            to:str='mamba2', # mixer: mamba2, mamba, linformer or identity
+            to:str='mamba2', # mixer: mamba2, mamba, linformer, linear_attention, gated_deltanet, rwkv7, window, ..
             init:str='attention', # how mixers start: attention, or fresh as in the paper
             layers:str='', # numbers of the layers to convert, such as 0,2,4; the others keep their attention
             set:list=(), # argument of the mixer, such as k=64; can be repeated
