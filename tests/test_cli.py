@@ -144,6 +144,23 @@ def test_an_interrupted_training_ends_as_an_uninterrupted_one(monkeypatch, capsy
     assert (Path('cut')/'model.safetensors').read_bytes()==(Path('straight')/'model.safetensors').read_bytes()
     assert not Path('cut.training').exists()
 
+def test_an_interrupted_training_is_resumed_under_another_name_of_its_checkpoint(monkeypatch, tmp_path):
+    "A relative path, an absolute one and that of a copy are one checkpoint"
+    shutil.copytree(shipped('roberta-demo'), 'ckpt')
+    shutil.copytree('ckpt', 'copy')
+    class Cut(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step==3: raise KeyboardInterrupt
+    with monkeypatch.context() as m:
+        m.setattr(training, 'DevLines', Cut)
+        with pytest.raises(KeyboardInterrupt): finetune_folder('ckpt', reviews(), out='model', steps=4, evals=4)
+    seen = []
+    class Seen(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs): seen.append(state.global_step)
+    monkeypatch.setattr(training, 'DevLines', Seen)
+    finetune_folder(str(tmp_path/'copy'), 'train.tsv', out='model', steps=4, evals=4)
+    assert 0 not in seen and seen[-1]==3
+
 def test_mistakes_are_found_before_any_training(capsys):
     reviews()
     table('bad.tsv', [('fine','good'), ('','bad'), ('hm','good')])

@@ -3,7 +3,7 @@ import hashlib, importlib.util, json, shutil
 from pathlib import Path
 import pandas as pd, pytest, torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, BertTokenizer
+from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, BertTokenizer, pipeline
 from cald import pretrained
 from cald.distill import find_snapshots
 from cald.lab.recipe import MODES
@@ -16,7 +16,7 @@ from cald.lab.store import Store
 from cald.data.text import read_text_task
 from cald.convert import convert
 from cald.files import hash_files
-from cald.pretrained import find_text_source,minilm,shipped
+from cald.pretrained import find_text_source,label_fields,minilm,shipped
 from cald.tasks.text import BASELINE,load_classifier,smoke_roberta,tfidf_baseline
 from common import check_interrupted, data_folder, train
 
@@ -282,6 +282,76 @@ def test_real_data_are_read_and_train(home, source, tmp_path, task, files):
 def test_the_baseline_on_real_sentences(home):
     df = read_text_task(str(data_folder('sst2')), 'sst2', home/'cache', files='sentences', drop=True)
     assert 78<tfidf_baseline(df)['accuracy']<85
+
+# ---- a checkpoint of the user's own, by several names and as the standard model
+
+@pytest.mark.parametrize('how', ['relative','absolute','renamed'])
+def test_a_checkpoint_by_another_name_is_not_trained_again(home, source, tmp_path, monkeypatch, how):
+    shutil.copytree(source, tmp_path/'again')
+    monkeypatch.chdir(tmp_path)
+    name = dict(relative='again', absolute=str(tmp_path/'again'), renamed='./again/../again')[how]
+    keys = []
+    for s in (source, name):
+        exp,data = read(s, home)
+        (_,c),*_ = exp.grid(['sst2'], ['standard'], [0], s, 'smoke', steps=2)
+        keys.append(Store(tmp_path/'runs').run(c, data.hash).key)
+    assert keys[0]==keys[1]
+
+LABELS = ['zero','alpha','mid'] # not in the order of the alphabet
+
+@pytest.fixture(scope='module')
+def films(home): return write(home/'films3.tsv', rows(90, (BAD,GOOD,['so','la','di'])).assign(label=lambda df: [LABELS[int(l)] for l in df.label]))
+
+@pytest.fixture(scope='module')
+def finetuned(home, source):
+    "A classifier with labels of its own, and its tokenizer"
+    torch.manual_seed(1)
+    model = load_classifier(source, 3)
+    model.config.update(label_fields(LABELS))
+    model.save_pretrained(home/'finetuned')
+    AutoTokenizer.from_pretrained(source).save_pretrained(home/'finetuned')
+    return str(home/'finetuned')
+
+def test_a_fine_tuned_checkpoint_is_the_standard_model(home, films, finetuned, tmp_path):
+    "It is evaluated, not trained, and its students have its labels in its order"
+    data_args = dict(tasks=['films'], source=finetuned, cache=str(home/'cache'), scale='smoke', task_data=dict(films=films))
+    exp = Nlp(dict(name='films'), finetuned)
+    data = exp.read(**data_args)
+    assert data['films'].classes==LABELS
+    modes = ['standard','target','hybrid, aligned','trajectory','waypoint','target, source','random weights']
+    grid_args = dict(tasks=['films'], modes=modes, seeds=[0], source=finetuned, scale='smoke', steps=2, steps_student=2)
+    train_as_helper('cald.paper.table1:Nlp', data_args, grid_args, tmp_path/'runs', own=exp.own, teacher=finetuned)
+    store = Store(tmp_path/'runs', exp.modules)
+    results = exp.train(data_args, grid_args, data, store)
+    assert results.row.tolist()==['standard','target','hybrid, aligned'] and all(len(r['sessions'])==1 for r in results.record)
+    folders = [store.behind(r).folder/'model' for r in results.record]
+    theirs,ours = load_file(Path(finetuned)/'model.safetensors'),load_file(folders[0]/'model.safetensors')
+    assert theirs.keys()==ours.keys() and all(torch.equal(theirs[n], ours[n]) for n in ours)
+    test = data['films'].df.query("split=='test'")
+    classify = pipeline('text-classification', finetuned)
+    assert results.accuracy[0]==pytest.approx(100*sum(o['label']==l for o,l in zip(classify(test.text.tolist()), test.label))/len(test))
+    for folder in folders[1:]: # a pipeline finds tokenizer and labels of the student
+        assert exp.load(folder).config.id2label==dict(enumerate(LABELS))
+        assert {o['label'] for o in pipeline('text-classification', str(folder))(test.text.tolist())}<=set(LABELS)
+    plain = Nlp(dict(name='films'))
+    assert plain.read(**data_args)['films'].hash!=data['films'].hash, 'the order of the labels belongs to the key'
+
+@pytest.mark.parametrize('fault,message', [
+    ('labels', "films.tsv: 60 of 60 rows have the labels '0', '1'.*finetuned lacks; it has 'zero', 'alpha', 'mid'"),
+    ('numbers', 'finetuned: its head gives 3 classes, but the labels are numbers'),
+    ('encoder', 'RobertaModel without a ForSequenceClassification head: give it as `source`, not as `teacher`'),
+    ('nowhere', 'no/where is neither a folder nor a checkpoint of the hub')])
+def test_a_teacher_that_does_not_fit_is_named_before_training(home, source, films, finetuned, tmp_path, fault, message):
+    teacher = dict(encoder=source, nowhere='no/where').get(fault, finetuned)
+    path = write(tmp_path/'films.tsv', rows()) if fault in ('labels','numbers') else films
+    exp = Nlp(dict(name='films', numbers=fault=='numbers'), teacher)
+    with pytest.raises((ValueError,OSError), match=message): exp.read(['films'], teacher, home/'cache', 'smoke', dict(films=path))
+
+def test_classes_without_names_are_numbers(home, source, tmp_path):
+    load_classifier(source, 2).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(source).save_pretrained(tmp_path)
+    exp = Nlp(teacher=str(tmp_path))
+    assert exp.read(['sst2'], str(tmp_path), home/'cache', 'smoke', dict(sst2=write(home/'films.tsv', rows())))['sst2'].classes==['0','1']
 
 # ---- tasks of the user's own, and settings by task
 

@@ -1,8 +1,10 @@
 "The run store and its tables: what needs other processes, kills, faults, or many cases"
-import ast, hashlib, json, multiprocessing, os, re, socket, time
+import ast, hashlib, json, multiprocessing, os, re, shutil, socket, time
 from dataclasses import fields, replace
 from pathlib import Path
 import numpy as np, pandas as pd, psutil, pytest, torch
+from huggingface_hub import constants
+from safetensors.torch import save_file
 from cald.files import cache_folder,hash_files,read_json,runs_folder,write_json
 from cald.lab.grid import Cell,cell,grid,run_key,scale_settings,SCALES
 from cald.lab.queue import train_missing
@@ -70,6 +72,42 @@ def test_key_does_not_depend_on_order_process_or_how_the_default_is_spelt(toy, t
 def write_key(kw, file):
     scale_settings('toy', demo=dict(base))
     file.write_text(run_key(cell('toy', **kw), 'h'))
+
+def checkpoint(folder, value=1.):
+    "The files of a checkpoint"
+    folder.mkdir(parents=True)
+    save_file(dict(w=torch.full((2,), value)), folder/'model.safetensors')
+    (folder/'config.json').write_text(json.dumps(dict(model_type='bert', hidden_size=8)))
+    return folder
+
+def test_a_checkpoint_is_known_by_its_content(toy, tmp_path, monkeypatch):
+    "Under a relative path, an absolute path, another name, and a hub id"
+    here = checkpoint(tmp_path/'ckpt')
+    shutil.copytree(here, tmp_path/'elsewhere')
+    hub = tmp_path/'hub'
+    shutil.copytree(here, hub/'models--me--ckpt'/'snapshots'/'1234')
+    (hub/'models--me--ckpt'/'refs').mkdir()
+    (hub/'models--me--ckpt'/'refs'/'main').write_text('1234')
+    monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(hub))
+    monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
+    monkeypatch.chdir(tmp_path)
+    store = Store(tmp_path/'runs')
+    def run(source): return store.run(cell('toy', source=str(source)), 'h')
+    runs = [run(source) for source in (here,'ckpt','./ckpt','elsewhere','me/ckpt')]
+    assert len({r.key for r in runs})==len({r.folder for r in runs})==1
+    assert [r.cell.source for r in runs[-2:]]==['elsewhere','me/ckpt'] # where each is loaded from
+    runs[0].finish(dict(a=1))
+    assert runs[-1].done and runs[0].sessions[0]['source']==str(here)
+    (again,) = store.runs()
+    assert store.behind(result_row(again)['record']).folder==runs[0].folder
+    assert run(checkpoint(tmp_path/'other', 2.)).key!=runs[0].key, 'other weights'
+    (here/'config.json').write_text(json.dumps(dict(model_type='bert', hidden_size=8, hidden_act='relu')))
+    assert run(here).key!=runs[0].key, 'another configuration'
+    with pytest.raises(OSError, match='me/none is neither a folder nor'): run('me/none')
+
+def test_a_source_with_a_name_keeps_the_key_that_it_has_always_had(toy, tmp_path):
+    c = cell('toy', source='roberta-demo')
+    assert Store(tmp_path).run(c, 'h').key==run_key(c, 'h')
 
 def test_numbers_of_numpy_do_not_make_another_key(toy):
     assert run_key(replace(toy, seed=np.int64(1)), 'h')==run_key(toy, 'h')

@@ -1,8 +1,10 @@
 "Speech experiments: what must not change between two ways of doing the same, and what must stop before training."
 import tracemalloc
+import json, shutil
 from pathlib import Path
 import numpy as np, pandas as pd, pytest, soundfile as sf, torch, torch.nn.functional as F
-from transformers import Trainer
+from transformers import (pipeline, Trainer, Wav2Vec2Config, Wav2Vec2CTCTokenizer, Wav2Vec2FeatureExtractor, Wav2Vec2ForCTC,
+                          Wav2Vec2ForSequenceClassification, Wav2Vec2Processor)
 from cald.guidance import Unguided
 from cald.lab.grid import cell,run_key,settings
 from cald.lab.queue import helper_processes
@@ -144,6 +146,104 @@ def test_a_bad_row_stops_everything_before_training_and_is_named(data, tmp_path,
 def test_data_that_is_not_there(tmp_path):
     with pytest.raises(FileNotFoundError, match='does not exist'): read_data(str(tmp_path/'none'), 'asr', tmp_path)
     with pytest.raises(ValueError, match='needs data'): read_data('', 'asr', tmp_path, 'paper')
+
+# ---- a checkpoint of the user's own
+
+VOCAB = ['<pad>','<s>','</s>','<unk>','|',*"ETAONIHSRDLUMWCFGYPBVK'XJQZ"] # as in wav2vec2-base-960h
+
+@pytest.fixture(scope='module')
+def recogniser(data):
+    "A CTC checkpoint with 32 characters, upper case, and the group norm of wav2vec2-base"
+    folder = data[0]/'recogniser'
+    folder.mkdir()
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, conv_dim=(16,)*7,
+                 num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=4)
+    Wav2Vec2ForCTC(Wav2Vec2Config(vocab_size=32, pad_token_id=0, feat_extract_norm='group', **sizes)).save_pretrained(folder)
+    (folder/'vocab.json').write_text(json.dumps({c: i for i,c in enumerate(VOCAB)}))
+    Wav2Vec2Processor(Wav2Vec2FeatureExtractor(), Wav2Vec2CTCTokenizer(folder/'vocab.json')).save_pretrained(folder)
+    return str(folder)
+
+def trained(own, data_args, modes, folder):
+    "The results of one seed of two steps, trained by a helper, and the folders of their models"
+    grid_args = dict(tasks=data_args['tasks'], modes=modes, seeds=[0], source=data_args['source'], scale='smoke', steps=2, steps_student=2)
+    train_as_helper('cald.paper.table3:Speech', data_args, grid_args, folder, own=own.own, teacher=own.teacher)
+    corpora,store = own.read(**data_args),Store(folder, own.modules)
+    results = own.train(data_args, grid_args, corpora, store)
+    assert all(len(r['sessions'])==1 for r in results.record), 'the helper has trained them'
+    return results,[store.behind(r).folder/'model' for r in results.record],corpora
+
+def test_a_recogniser_with_its_own_vocabulary_is_the_standard_model(data, recogniser, tmp_path):
+    home,*_ = data
+    own = Speech(dict(name='calls', kind='asr'), recogniser)
+    data_args = dict(tasks=['calls'], source=recogniser, cache=str(tmp_path), data=str(home/'manifest.tsv'), scale='smoke', normalise='upper')
+    results,folders,corpora = trained(own, data_args, ['standard','target','waypoint'], tmp_path/'runs')
+    assert results.row.tolist()==['standard','target']
+    theirs,ours = (load_trained(f).state_dict() for f in (recogniser, folders[0]))
+    assert all(torch.equal(theirs[n], ours[n]) for n in theirs if 'masked_spec_embed' not in n)
+    part = corpora['calls'].part(own.tasks['calls'], 'test')
+    assert part.labels.encode('AT')==[VOCAB.index(c) for c in 'AT'] and len(part.labels)==32
+    recognise = pipeline('automatic-speech-recognition', recogniser)
+    predicted,_ = predict_speech(load_trained(recogniser), part)
+    assert predicted==[recognise(sf.read(a, dtype='float32')[0])['text'] for a in part.df.audio], 'decoded as by transformers'
+    student = load_trained(folders[1])
+    assert student.lm_head.out_features==32 and type(student).__name__=='CaldWav2Vec2ForCTC'
+    text = pipeline('automatic-speech-recognition', str(folders[1]))(sf.read(part.df.audio[0], dtype='float32')[0])['text']
+    assert set(text)<=set(''.join(VOCAB[4:]).replace('|', ' '))
+
+def test_a_recogniser_lends_its_encoder_to_a_task_with_other_characters(data, recogniser, tmp_path):
+    home,*_ = data
+    data_args = dict(tasks=['asr'], source=recogniser, cache=str(tmp_path), data=str(home/'manifest.tsv'), scale='smoke')
+    results,folders,_ = trained(Speech(), data_args, ['standard','target'], tmp_path/'runs')
+    assert [load_trained(f).config.vocab_size for f in folders]==[29,29] and not results.wer.isna().any()
+    classes = trained(Speech(), {**data_args, 'tasks':['speaker']}, ['standard'], tmp_path/'runs')[1]
+    assert load_trained(classes[0]).config.id2label=={0:'s0', 1:'s1', 2:'s2'}
+
+@pytest.mark.parametrize('kind', ['speaker','intent'])
+def test_a_classifier_with_its_own_classes_is_the_standard_model(data, tmp_path, kind):
+    home,source,_ = data
+    df = pd.read_csv(home/'manifest.tsv', sep='\t', dtype=str)
+    names = ['s2','s0','s1'] if kind=='speaker' else sorted(set(df.scenario+'_'+df.action), reverse=True)
+    config = Wav2Vec2Config.from_pretrained(source, id2label=dict(enumerate(names)), classifier_proj_size=16)
+    torch.manual_seed(0)
+    Wav2Vec2ForSequenceClassification(config).save_pretrained(tmp_path/'teacher')
+    own = Speech(dict(name='calls', kind=kind), str(tmp_path/'teacher'))
+    data_args = dict(tasks=['calls'], source=own.teacher, cache=str(tmp_path), data=str(home/'manifest.tsv'), scale='smoke')
+    results,folders,corpora = trained(own, data_args, ['standard','target'], tmp_path/'runs')
+    part = corpora['calls'].part(own.tasks['calls'], 'test')
+    classify = pipeline('audio-classification', own.teacher)
+    found = [classify(sf.read(a, dtype='float32')[0], top_k=1)[0]['label'] for a in part.df.audio]
+    true = part.df.speaker if kind=='speaker' else part.df.label
+    assert results.joint[0]==pytest.approx(100*np.mean([a==b for a,b in zip(found, true)]))
+    assert load_trained(folders[1]).config.id2label==dict(enumerate(names))
+
+def test_a_model_of_two_parts_comes_back_as_a_teacher(data, tmp_path):
+    "An intent has two parts in a model of this library: both are named in its configuration"
+    home,source,_ = data
+    data_args = dict(tasks=['intent'], source=source, cache=str(tmp_path), data=str(home/'manifest.tsv'), scale='smoke')
+    _,(folder,),corpora = trained(Speech(), data_args, ['standard'], tmp_path/'runs')
+    again = Speech(teacher=str(folder))
+    labels = again.read(**{**data_args, 'source':str(folder)})['intent'].part(again.tasks['intent'], 'train').labels
+    assert labels.classes==corpora['intent'].part(TASKS['intent'], 'train').labels.classes
+
+@pytest.mark.parametrize('fault,message', [
+    ('case', r'row 2.*upper case would do(.|\n)*vocabulary is that of the teacher .*recogniser: '),
+    ('vocabulary', 'broken: its head has 32 characters, but its tokenizer .vocab.json. only 31'),
+    ('blank', 'broken: the blank has the number 5 in config.json, but 0 in the tokenizer'),
+    ('tokenizer', 'broken'), ('head', 'Wav2Vec2ForCTC without a ForSequenceClassification head'), ('encoder', 'without a ForCTC head')])
+def test_a_teacher_that_does_not_fit_is_named_before_training(data, recogniser, tmp_path, fault, message):
+    home,source,_ = data
+    broken = shutil.copytree(recogniser, tmp_path/'broken')
+    def change(name, fn): (broken/name).write_text(json.dumps(fn(json.loads((broken/name).read_text()))))
+    if fault=='vocabulary': change('vocab.json', lambda v: {c: i for c,i in v.items() if i<31})
+    if fault=='blank': change('config.json', lambda c: {**c, 'pad_token_id':5})
+    if fault=='tokenizer':
+        for name in ('vocab.json','tokenizer_config.json','tokenizer.json','processor_config.json','special_tokens_map.json'): (broken/name).unlink(missing_ok=True)
+    teacher = dict(case=recogniser, encoder=source).get(fault, str(broken))
+    own = Speech(dict(name='calls', kind='speaker' if fault=='head' else 'asr'), teacher)
+    normalise = 'none' if fault=='case' else 'upper'
+    with pytest.raises(ValueError, match=message):
+        own.read(['calls'], teacher, tmp_path, str(home/'manifest.tsv'), scale='smoke', normalise=normalise)
 
 # ---- tasks of the user's own
 

@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'HEADS', 'AUDIO_LABELS', 'Kind', 'is_regression', 'has_head', 'kind_of_model', 'kind_of_data', 'has_splits',
-           'checked_source', 'checkpoint_config', 'check_converted', 'Job', 'load_tokenizer', 'label_fields',
-           'head_labels']
+           'checked_source', 'checkpoint_config', 'check_converted', 'Job', 'load_tokenizer']
 
 # %% ../../nbs/11_jobs.ipynb #df2261ea
 from dataclasses import dataclass
@@ -189,12 +188,3 @@ def check_labels(self:Job, config, source:str):
     ours,theirs = self.head(),config.to_dict()
     if any(theirs.get(k)!=v for k,v in ours.items() if k in ('id2label','vocab_size','problem_type')):
         raise ValueError(f'{source} was trained for other labels than the data have')
-
-def label_fields(labels:list)->dict:
-    "The fields of a configuration that name the `labels` of a classifier"
-    names = list(map(str, labels))
-    return dict(id2label=dict(enumerate(names)), label2id={name: i for i,name in enumerate(names)})
-
-def head_labels(config)->list:
-    "The labels of the classifier of `config`, in their order"
-    return [config.id2label[i] for i in range(config.num_labels)]

@@ -11,20 +11,20 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from fastcore.basics import patch
-from transformers import AutoFeatureExtractor,AutoTokenizer,Wav2Vec2CTCTokenizer
-from transformers import Wav2Vec2FeatureExtractor,Wav2Vec2Processor
+from transformers import AutoFeatureExtractor,AutoTokenizer,Wav2Vec2FeatureExtractor
 
 # %% ../../nbs/11b_speech_job.ipynb #a3e836c8
-from .jobs import (checked_source,checkpoint_config,has_splits,head_labels,Job,kind_of_data,
-                           kind_of_model,KINDS,label_fields)
+from .jobs import checked_source,checkpoint_config,has_splits,Job,kind_of_data,kind_of_model,KINDS
 from .text_job import LanguageModelJob,TextJob,wanted_rows,with_dev
 from ..data.speech import check_manifest,read_manifest
 from ..data.tables import refuse
 from ..data.voices import SAMPLE_RATE
-from ..files import check_name,write_json
+from ..files import check_name
+from ..pretrained import head_labels,label_fields
 from ..tasks.front_end import encode_audio,frame_count,read_audio,take_frames
+from ..tasks.finetuned import alphabet_of,save_processor
 from ..tasks.speech import (Characters,collate_speech,Heads,predict_speech,speech_loss,speech_scores,
-                               SpeechDataset)
+                               SpeechDataset,whole_intents)
 
 # %% ../../nbs/11b_speech_job.ipynb #06e172ff
 def read_speech_rows(files:dict, # split -> path
@@ -38,8 +38,7 @@ def read_speech_rows(files:dict, # split -> path
     df = pd.concat(parts, ignore_index=True)
     df['split'] = df.split.replace({s: s.removesuffix('_seen') for s in set(df.split)})
     df = wanted_rows(df, files).drop(columns=['wanted','problem'])
-    action = df.action.where(df.action=='', '_'+df.action)
-    return df.assign(label=df.speaker.where(df.scenario=='', df.scenario+action))
+    return df.assign(label=df.speaker.where(df.scenario=='', whole_intents(df)))
 
 def check_labels_of_rows(df:pd.DataFrame, known:list, trained:bool, drop:bool)->pd.DataFrame:
     "`df` without rows of an unknown label; DataError names file and row of each unless to `drop`"
@@ -113,12 +112,7 @@ def prepared(self:SpeechJob, model): return take_frames(model) if self.encodes_o
 def trained_labels(self:SpeechJob):
     "The characters or classes of the source's own head; ValueError for a vocabulary that cannot be used"
     if not self.ctc: return Heads({'label': head_labels(self.config)})
-    tokenizer = AutoTokenizer.from_pretrained(self.source)
-    names = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
-    blank = self.config.pad_token_id
-    if blank or [i for _,i in names]!=list(range(len(names))):
-        raise ValueError(f'{self.source}: its blank has the number {blank}; only 0 is supported')
-    return Characters([name for name,_ in names][1:])
+    return alphabet_of(self.source, self.config)
 
 @patch
 def check_labels(self:SpeechJob, config, source:str):
@@ -131,7 +125,7 @@ def check_labels(self:SpeechJob, config, source:str):
 
 @patch
 def head(self:SpeechJob)->dict:
-    if self.ctc: return dict(vocab_size=len(self.labels), pad_token_id=0, layerdrop=0.)
+    if self.ctc: return dict(vocab_size=len(self.labels), pad_token_id=self.labels.blank, layerdrop=0.)
     names = self.labels.classes['label']
     return dict(num_labels=len(names), layerdrop=0., **label_fields(names))
 
@@ -150,13 +144,7 @@ def judge(self:SpeechJob, model, ds)->dict:
     return scores if self.ctc else dict(accuracy=scores['joint'])
 
 @patch
-def save(self:SpeechJob, out):
-    "Save the feature extractor and, for CTC, a tokenizer of the characters"
-    if not self.ctc: return self.processor.save_pretrained(out)
-    out = Path(out)
-    write_json(out/'vocab.json', {'<pad>':0, **self.labels.ids})
-    tokenizer = Wav2Vec2CTCTokenizer(out/'vocab.json', unk_token='<pad>', bos_token=None, eos_token=None)
-    Wav2Vec2Processor(self.processor, tokenizer).save_pretrained(out)
+def save(self:SpeechJob, out): save_processor(self.labels, self.processor, out)
 
 # %% ../../nbs/11b_speech_job.ipynb #0197e8a5
 def find_job(source:str, files:dict, # split -> path

@@ -14,10 +14,11 @@ import torch
 from fastcore.basics import patch
 
 # %% ../../nbs/11a_text_job.ipynb #a07bf5ff
-from .jobs import has_splits,head_labels,Job,KINDS,label_fields,load_tokenizer
+from .jobs import has_splits,Job,KINDS,load_tokenizer
 from ..data.tables import DataError,refuse
 from ..data.text import LABEL_COLUMNS,move_rows,read_table,set_problem,tidy
 from ..data.tokens import lm_documents
+from ..pretrained import head_labels,label_fields
 from ..tasks.lm import collate_rows,encode,evaluate_lm,next_token_loss,Rows
 from ..tasks.text import collate_text,predict_text,text_scores
 

@@ -227,7 +227,8 @@ def text_problem(text:str, samples:int, vocab, frames:Callable):
     if not text: return 'the transcript is empty'
     unknown = sorted(set(text)-set(vocab))
     if unknown:
-        hint = ' (lower case would do)' if not set(text.lower())-set(vocab) else ''
+        cases = [case for case in ('lower','upper') if not set(getattr(text, case)())-set(vocab)]
+        hint = f' ({cases[0]} case would do)' if cases else ''
         return f"characters outside the vocabulary: {' '.join(unknown)}{hint}"
     have = frames(samples)
     need = needed_frames(text)

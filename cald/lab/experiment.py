@@ -8,6 +8,7 @@ __all__ = ['STARTED', 'Task', 'Experiment', 'train_as_helper']
 # %% ../../nbs/03g_experiment.ipynb #ee0a47d9
 import importlib
 from dataclasses import dataclass,replace
+from functools import partial
 
 import pandas as pd
 import torch
@@ -25,8 +26,8 @@ from . import plots
 from .grid import cell,for_task,settings
 from .queue import helper_processes,train_missing
 from .recipe import (FirstEstimate,LogPace,LogTo,MODES,Recipe,TableDistiller,chance_score,draw_share,
-                             evenly_spaced,guidance_for,save_model,start_from,training_args)
-from .results import format_table,summarise
+                             evenly_spaced,finished_teacher,guidance_for,save_model,start_from,training_args)
+from .results import format_table,summarise,training_curves
 from .store import Store
 from ..losses import loss_preset
 
@@ -66,8 +67,9 @@ class Experiment:
                'init','reset','reuse','start','aligned','align','lr_align','rates','lr_transferred',
                'lr_mixers','keep')  # settings that standard models do not use
 
-    def __init__(self, own:dict=None): # arguments of `add_task`, for a task of the user's own
+    def __init__(self, own:dict=None, teacher:str=''): # arguments of `add_task`; a fine-tuned checkpoint
         self.own = own
+        self.teacher = teacher
         if own: self.add_task(**own)
 
     def add_task(self, **own): raise NotImplementedError # sets `tasks` and declares its settings
@@ -80,6 +82,7 @@ class Experiment:
     def collate(self, items)->dict: raise NotImplementedError # a batch
     def mixer_args(self, mixer, r)->dict: return {} # arguments of `convert`
     def prepared(self, student): return student # last change before training
+    def save_processor(self, labels, folder): pass # tokenizer or feature extractor, for pipelines
     def chance(self, ds)->float: return chance_score(ds) # of a metric where higher is better
     def task_loss(self, model, labels): return None # None: the model's; `total=True`: a sum
     def trajectory(self, r)->dict: return {} # arguments of `Trajectory`
@@ -180,7 +183,7 @@ def train_cell(self:Experiment, c, run, data, store)->dict:
         result['best_step'] = trainer.state.best_global_step
     result |= self.judge(model, sets['test'])
     if task.higher: result['chance'] = self.chance(sets['test'])
-    save_model(model, run.folder/'model')
+    save_model(model, run.folder/'model', partial(self.save_processor, labels))
     return result
 
 # %% ../../nbs/03g_experiment.ipynb #d9aa6560
@@ -197,9 +200,12 @@ def grid(self:Experiment, tasks:list, modes:list, # names of rows
     def row_cell(row, task, seed):
         changes = {**for_task(overrides, task), 'mode':row, **for_task(known[row], task)}
         c = cell(task, **{**common, 'seed':seed, **changes})
+        if self.teacher: c = finished_teacher(c)
         return self.standard_cell(c) if c.mode=='standard' else c
     chosen = [m for m in known if m=='standard' or m in modes]
-    return [(m, row_cell(m, t, s)) for s in seeds for m in chosen for t in tasks]
+    cells = [(m, row_cell(m, t, s)) for s in seeds for m in chosen for t in tasks]
+    def possible(c): return not self.teacher or not self.recipe(**settings(c)).needs_source(c.mode)
+    return [(m, c) for m,c in cells if possible(c)]
 
 # %% ../../nbs/03g_experiment.ipynb #ce1c65eb
 @patch
@@ -211,10 +217,11 @@ def train_cells(self:Experiment, cells, data:dict, store, retrain:bool=False, wo
     return train_missing(cells, train, store, hashes, retrain=retrain, after=first, workers=workers)
 
 def train_as_helper(experiment:str, # 'module:class'
-                    data_args:dict, grid_args:dict, runs, retrain:bool=False, workers:int=1, own:dict=None):
+                    data_args:dict, grid_args:dict, runs, retrain:bool=False, workers:int=1, own:dict=None,
+                    teacher:str=''):
     "The work of a helper process: train those cells of the grid that no other process trains"
     module,name = experiment.split(':')
-    exp = getattr(importlib.import_module(module), name)(own)
+    exp = getattr(importlib.import_module(module), name)(own, teacher)
     cells = [c for _,c in exp.grid(**grid_args)]
     exp.train_cells(cells, exp.read(**data_args), Store(runs, exp.modules), retrain, workers)
 
@@ -231,7 +238,8 @@ def train(self:Experiment,
     module = type(self).__module__
     if module=='__main__': module = self.modules[-1] # the module that the notebook exports
     name = f'{module}:{type(self).__name__}'
-    work = dict(experiment=name, own=self.own, data_args=data_args, grid_args=grid_args, runs=str(store.root))
+    work = dict(experiment=name, own=self.own, teacher=self.teacher, data_args=data_args,
+                grid_args=grid_args, runs=str(store.root))
     helper = 'cald.lab.experiment:train_as_helper'
     with helper_processes(n-1, helper, store.root, **work, retrain=retrain, workers=n):
         return self.train_cells(cells, data, store, retrain, n).assign(row=rows)
@@ -284,15 +292,7 @@ def plot_modes(self:Experiment, summary):
 @patch
 def curves(self:Experiment, results, store)->pd.DataFrame:
     "The development metric at each evaluation of the runs behind `results`; `mode` is the row"
-    rows = []
-    order = list(self.tasks)
-    for r in sorted(results.itertuples(), key=lambda r: order.index(r.task)):
-        logged = store.behind(r.record).metrics()
-        metric = f'eval_{self.tasks[r.task].metric}'
-        if metric not in logged: continue
-        for step,value in logged[['step',metric]].dropna().values:
-            rows.append(dict(task=r.task, mode=r.row, seed=r.seed, step=int(step), value=value))
-    return pd.DataFrame(rows, columns=['task','mode','seed','step','value'])
+    return training_curves(results, store, {name: t.metric for name,t in self.tasks.items()})
 
 @patch
 def plot_curves(self:Experiment, curves, until:dict): # `until` as in `cald.lab.plots.plot_curves`

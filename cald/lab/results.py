@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Interval', 'mean_ci', 'summarise', 'format_table', 'to_markdown', 'without_folders', 'unique_values', 'provenance',
            'reason_to_keep', 'write_result', 'write_table', 'write_figure', 'result_name', 'join_names', 'seeds_note',
-           'compare_with_committed', 'has_type', 'parameter_problem', 'folder_problem', 'check_parameters',
-           'paper_numbers']
+           'training_curves', 'compare_with_committed', 'has_type', 'parameter_problem', 'folder_problem',
+           'check_parameters', 'paper_numbers']
 
 # %% ../../nbs/03d_results.ipynb #1b1ea97f
 import hashlib
@@ -98,8 +98,11 @@ def provenance(results, # the runs behind a table or figure, as `train_missing` 
     cells = [r['cell'] for r in records]
     sessions = [s for r in records for s in r['sessions']]
     seeds = {}
-    for c,row in zip(cells, results['row'] if 'row' in results else [c['mode'] for c in cells]):
-        name = ' '.join([c['task'], Path(c['source']).name, c['mixer'], row])
+    as_given = [r['sessions'][-1] if r['sessions'] else {} for r in records]
+    sources = [s.get('source', c['source']) for s,c in zip(as_given, cells)]
+    rows = results['row'] if 'row' in results else [c['mode'] for c in cells]
+    for c,source,row in zip(cells, sources, rows):
+        name = ' '.join([c['task'], Path(source).name, c['mixer'], row])
         seeds.setdefault(name, set()).add(c['seed'])
     memory = [r['peak_memory_mb'] or 0 for r in records]
     of_sessions = {k: unique_values(s[k] for s in sessions) for k in ('code','environment','device')}
@@ -179,6 +182,21 @@ def seeds_note(seeds:list)->str:
     names = ', '.join(map(str, seeds))
     return f'seeds {names}: mean ± half of the 95 % interval' if len(seeds)>1 else f'seed {names}'
 
+
+# %% ../../nbs/03d_results.ipynb #03d26002
+def training_curves(results, store, # results with the column `row`
+                    metrics:dict,   # task -> metric
+                   )->pd.DataFrame:
+    "The development metric at each evaluation of the runs behind `results`; `mode` is the row"
+    rows = []
+    order = list(metrics)
+    for r in sorted(results.itertuples(), key=lambda r: order.index(r.task)):
+        logged = store.behind(r.record).metrics()
+        metric = f'eval_{metrics[r.task]}'
+        if metric not in logged: continue
+        for step,value in logged[['step',metric]].dropna().values:
+            rows.append(dict(task=r.task, mode=r.row, seed=r.seed, step=int(step), value=value))
+    return pd.DataFrame(rows, columns=['task','mode','seed','step','value'])
 
 # %% ../../nbs/03d_results.ipynb #e79cb3e2
 def compare_with_committed(name, df, folder=None)->pd.DataFrame:

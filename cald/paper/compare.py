@@ -109,7 +109,8 @@ def card(run)->str:
     commit = (session['commit'] or 'unknown')[:8]
     if session['dirty']: commit += ' and changes'
     return data_file('card.md').format(
-        source=Path(c.source).name, mixer=c.mixer, mode=c.mode, task=c.task, scale=c.scale, seed=c.seed,
+        source=Path(session.get('source', c.source)).name, mixer=c.mixer,
+        mode=c.mode, task=c.task, scale=c.scale, seed=c.seed,
         results=table(record['result'], 'metric', 'value'), settings=table(run.settings, 'setting', 'value'),
         seconds=record['seconds'], memory=round(record['peak_memory_mb'] or 0) or 'unknown',
         device=session['device'], key=run.key[:12], data=run.data[:12], commit=commit,

@@ -21,9 +21,9 @@ from ..lab.grid import cell,for_task,scale_settings,SETTINGS,settings
 from ..lab.plots import split_title
 from ..lab.recipe import chance_score,Recipe
 from ..lab.results import paper_numbers
-from ..pretrained import load_pretrained
-from ..tasks.text import (BASELINE,collate_text,load_classifier,number_scores,predict_text,read_numbers,
-                             read_tokenizer,text_scores,TextData)
+from ..pretrained import label_fields,load_pretrained,source_folder
+from ..tasks.text import (BASELINE,classes_of,collate_text,load_classifier,load_finetuned,number_scores,
+                             predict_text,read_numbers,read_tokenizer,text_scores,TextData)
 
 # %% ../../nbs/06_nlp.ipynb #a133b23c
 SHARES = ['none','kv','layer']
@@ -114,6 +114,7 @@ class Nlp(Experiment):
     def labels(self, data, task): return data.classes
     def part(self, data, task, split): return data.part(split)
     def load(self, folder): return load_pretrained(AutoModelForSequenceClassification, folder)
+    def save_processor(self, labels, folder): self.processor.save_pretrained(folder)
     def mixer_args(self, mixer, r): return dict(k=r.k, share=r.share) if mixer=='linformer' else {}
     def trajectory(self, r): return dict(lr=r.lr_teacher or r.lr, every=r.cycle)
     def collate(self, items): return collate_text(items, self.processor.pad_token_id)
@@ -122,8 +123,11 @@ class Nlp(Experiment):
 # %% ../../nbs/06_nlp.ipynb #06aa0004
 @patch
 def source(self:Nlp, c, r, labels):
+    if self.teacher: return load_finetuned(c.source, r.dropout)
     random = r.random or (r.random_student and c.mode!='standard')
-    return load_classifier(c.source, len(labels) or 1, r.dropout, random)
+    model = load_classifier(c.source, len(labels) or 1, r.dropout, random)
+    if labels: model.config.update(label_fields(labels))
+    return model
 
 @patch
 def judge(self:Nlp, model, ds):
@@ -139,15 +143,17 @@ def read(self:Nlp, tasks:list, source:str, cache, scale:str='demo',
          length=None,         # most tokens of an example, or task -> tokens; None: that of the scale
          **kwargs)->dict:  # of `read_text_task`
     "The `TextData` of each of `tasks`"
+    source_folder(source) # raises an error if there is none
     given = {t: for_task(dict(length=length), t) for t in tasks}
     lengths = {t: settings(cell(t, scale=scale, **given[t]))['length'] for t in tasks}
     self.processor = read_tokenizer(source, max(lengths.values()))
+    classes = classes_of(source, self.numbers) if self.teacher else None
     data = {}
     for t in tasks:
         path = (task_data or {}).get(t, '')
         if self.numbers: examples = read_numbers(path, t, kwargs.get('drop', False), kwargs.get('files', ''))
         else: examples = read_text_task(path, t, cache=cache, scale=scale, **kwargs)
-        data[t] = TextData(examples, self.processor, lengths[t], source, self.numbers)
+        data[t] = TextData(examples, self.processor, lengths[t], source, self.numbers, classes)
     return data
 
 # %% ../../nbs/06_nlp.ipynb #06aa0002

@@ -18,7 +18,7 @@ from ..files import digest,hash_files
 from ..lab.experiment import Experiment,STARTED,Task
 from ..lab.grid import cell,scale_settings,settings
 from ..lab.recipe import Recipe
-from ..pretrained import find_source,load_pretrained,weight_files
+from ..pretrained import find_source,load_pretrained,source_folder,weight_files
 from ..tasks.lm import (check_lm_rows,collate_rows,evaluate_lm,lm_config,load_lm,next_token_loss,
                            read_lm_rows,Rows)
 
@@ -81,6 +81,7 @@ class Lm(Experiment):
     def source(self, c, r, labels):
         return load_lm(c.source, r.random or (r.random_student and c.mode!='standard'))
     def load(self, folder): return load_pretrained(AutoModelForCausalLM, folder)
+    def save_processor(self, labels, folder): self.tokenizer.save_pretrained(folder)
     def mixer_args(self, mixer, r):
         if mixer!='mamba': return {}
         sizes = dict(d_inner=r.d_inner, dt_rank=r.dt_rank)
@@ -138,9 +139,9 @@ def read(self:Lm, tasks:list, source:str, cache, scale:str='demo', path:str='', 
 def _epochs(r:LmRecipe, rows:int)->float: return r.steps_student*r.batch*r.accumulate/rows
 
 def _source_hash(source:str)->str:
-    "Hash of the files of `source`; its name where it is not a folder"
-    path = Path(find_source(source))
-    return hash_files(*weight_files(path), path/'config.json') if path.exists() else source
+    "Hash of the weights and the configuration of `source`"
+    folder = source_folder(source)
+    return hash_files(*weight_files(folder), folder/'config.json')
 
 # %% ../../nbs/07_lm.ipynb #95f3c050
 @torch.no_grad()

@@ -18,8 +18,11 @@ from ..lab.experiment import Experiment
 from ..lab.recipe import Recipe,save_model
 from ..lab.grid import scale_settings,SETTINGS
 from ..tasks.front_end import take_frames
-from ..files import check_name
+from ..data.tables import DataError
+from ..files import check_name,digest
+from ..pretrained import find_source,source_folder
 from ..tasks.corpora import make_corpus,read_data
+from ..tasks.finetuned import rows_for,save_processor,trained_task
 from ..tasks.speech import (collate_speech,load_trained,load_wav2vec2,predict_speech,speech_loss,
                                speech_scores,SPEECH_TASKS)
 
@@ -73,6 +76,7 @@ class Speech(Experiment):
     def labels(self, data, task): return task.labels(data.df)
     def part(self, data, task, split): return data.part(task, split)
     def load(self, folder): return load_trained(folder)
+    def save_processor(self, labels, folder): save_processor(labels, self.processor, folder)
     def prepared(self, student): return take_frames(student)
     def task_loss(self, model, labels, **total): return speech_loss(model, labels, **total)
     def collate(self, items): return collate_speech(items)
@@ -82,6 +86,7 @@ class Speech(Experiment):
         "The Wav2Vec2 of cell `c`, whose front end accepts frames as well as samples"
         dropouts = {f'{k}_dropout': r.dropout for k in ('hidden','activation','feat_proj','attention')}
         masks = dict(mask_time_prob=r.mask_time, mask_time_min_masks=r.min_masks)
+        if self.teacher: return load_trained(find_source(c.source), layerdrop=0., **dropouts, **masks)
         return load_wav2vec2(c.source, labels, r.random, **dropouts, **masks)
 
     def mixer_args(self, mixer, r):
@@ -105,13 +110,29 @@ def read(self:Speech, tasks:list, source:str, cache,
          longest:float=0.     # seconds of a training utterance
         )->dict:
     "task -> its checked `SpeechCorpus`"
+    source_folder(source) # raises an error if there is none
     corpora = {}
     for name in tasks:
         t = self.tasks[name]
         df = read_data((task_data or {}).get(name) or data, t.kind, cache, scale, normalise)
-        corpora[name] = make_corpus(df, t, source, cache, keep, drop, longest)
+        if self.teacher: corpora[name] = self.read_for_teacher(df, t, source, cache, keep, drop, longest)
+        else: corpora[name] = make_corpus(df, t, source, cache, keep, drop, longest)
     return corpora
 
+@patch
+def read_for_teacher(self:Speech, df, task, source:str, cache, keep:bool, drop:bool, longest:float):
+    "The corpus of `task` with the labels of the teacher, which replace those of the data from here on"
+    t = trained_task(task, source)
+    self.tasks = {**self.tasks, t.name:t}
+    try: corpus = make_corpus(rows_for(t, df, source, drop), t, source, cache, keep, drop, longest)
+    except DataError as e:
+        if not t.ctc: raise
+        known = ' '.join(t.trained.ids)
+        raise DataError(f'{e}\nThe vocabulary is that of the teacher {source}: {known}', e.problems) from None
+    corpus.hash = digest([corpus.hash, t.trained.ids if t.ctc else t.trained.classes])
+    return corpus
+
+# %% ../../nbs/05_speech.ipynb #05026001
 @patch
 def add_task(self:Speech, name:str,
              kind:str): # the task of the paper that it is like, and whose settings it has

@@ -21,7 +21,7 @@ from ..data.speech import (check_manifest,check_splits,generate,manifest_hash,re
 from ..data.tables import NORMALISE
 from ..data.voices import SAMPLE_RATE
 from ..files import check_name,digest,HashCache,hash_files,write_atomic
-from ..pretrained import find_source,weight_files
+from ..pretrained import find_source,source_folder,weight_files
 from .front_end import cached_frames,frame_count,StreamedAudio
 from .speech import PAPER_DATA,SPEECH_TASKS,SpeechDataset,SpeechTask
 
@@ -75,12 +75,11 @@ class SpeechCorpus:
 # %% ../../nbs/04ka_speech_corpora.ipynb #95385fcd
 def corpus_hash(df, source:str, cache)->str: # cache: folder that keeps the hashes of the audio files
     "A hash of the labels and audio files of `df` and of the weights of `source`"
-    path = Path(find_source(source))
     audio = sorted(set(df.audio[df.audio.map(os.path.isfile)]))
     known = HashCache(Path(cache)/'audio-hashes.json')
-    files = hash_files(*audio, *weight_files(path), content=known)
+    files = hash_files(*audio, *weight_files(source_folder(source)), content=known)
     known.save()
-    return digest([manifest_hash(df), files, '' if path.exists() else source])
+    return digest([manifest_hash(df), files, ''])
 
 # %% ../../nbs/04ka_speech_corpora.ipynb #04a0000c
 def without_long(df, longest:float)->pd.DataFrame: # where, audio, problem
