@@ -48,6 +48,7 @@ SIZES = { # family: fields of its configuration; None: it has no such field
 GROUPED = {'llama','mistral','qwen2','qwen3','olmo','olmo2','phi','phi3','smollm3','granite','gemma','gemma2','gemma3_text','stablelm',
            'starcoder2','cohere','mixtral','qwen3_moe'} # with one key for two queries
 IN_FLOAT32 = {'gemma2','mixtral','qwen3_moe'} # parts of them do not compute in float64
+ROUGH = IN_FLOAT32|{'gptj'} # whose attention is computed in float32
 LEAKS = {'data2vec-audio','sew','wav2vec2-conformer'} # padding leaks through convolutions of the source
 ARGS = dict(mamba2=dict(d_state=8, headdim=8), mamba=dict(d_state=4), linformer=dict(k=4, max_length=44))
 
@@ -226,7 +227,7 @@ def check(family:str, head:str, to:str, loader)->dict:
     f = FAMILIES[family]
     cls = next(c for c in f.students if c.__name__==head)
     auto = f.students[cls].auto
-    most = 1e-5 if family in IN_FLOAT32 else 1e-9
+    most = 1e-5 if family in ROUGH else 1e-9
     model = source(f, cls)
     batch = cast(labelled(f, model, auto), model)
     row = dict(family=family, head=head, mixer=to)
@@ -270,21 +271,27 @@ def shown(rows)->pd.DataFrame:
     order = {c: pd.Categorical(df[c], df[c].unique()) for c in ('family','head','mixer')}
     return df.assign(**order).pivot(index=['family','head'], columns='mixer', values='state').astype(object).fillna('').sort_index()
 
-def write(rows, out, code, seconds): # code: of `git_state` before the run
-    "matrix.csv, matrix.md, and matrix.json about the run"
+def write(rows, out, code, seconds, families): # code: of `git_state` before the run; families: those that were run, or none for all
+    "matrix.csv, matrix.md, and matrix.json about the run; a run of some families replaces their rows and is recorded after the whole one"
+    file = out/'matrix.json'
+    runs = json.loads(file.read_text())['runs'] if families else []
+    if families:
+        kept = pd.read_csv(out/'matrix.csv', keep_default_na=False).replace({'True':True}).to_dict('records')
+        new = {(r['family'],r['head'],r['mixer']): r for r in [*kept, *rows]}
+        rows = [new[c] for c in cases() if c in new]
     pd.DataFrame(rows).to_csv(out/'matrix.csv', index=False, lineterminator='\n')
     names = 'identity, trained two steps, padding, saved and loaded in another process'
     decoders = 'greedy and by beams with a cache and without, pads in front, in pieces, a chat continued'
     table = to_markdown(shown(rows).reset_index())
     note = f'*all*: {names}; decoders with a language model head also {decoders}, for a model with mixers in every layer and for a hybrid.'
     (out/'matrix.md').write_text(f'{table}\n{note}\n')
-    record = dict(**code, environment=environment(), device=device_name(), seconds=round(seconds, 1), cases=len(rows),
-                  failed=sum(bool(problems(r)) for r in rows))
-    (out/'matrix.json').write_text(json.dumps(record, indent=1)+'\n')
+    runs.append(dict(families=families or 'all', **code, environment=environment(), device=device_name(), seconds=round(seconds, 1)))
+    record = dict(cases=len(rows), failed=sum(bool(problems(r)) for r in rows), runs=runs)
+    file.write_text(json.dumps(record, indent=1)+'\n')
 
 if __name__=='__main__':
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('families', nargs='*', help='default: all, whose table is written')
+    parser.add_argument('families', nargs='*', help='whose rows to make again; default: all')
     wanted = parser.parse_args().families
     quiet()
     loader,code,began,rows = Loader(),git_state(),time.monotonic(),[]
@@ -294,5 +301,5 @@ if __name__=='__main__':
         except Exception as e: rows.append(dict(zip(('family','head','mixer'), case), trained=f'{type(e).__name__}: {e}'))
         print(*case, '; '.join(problems(rows[-1])) or 'all', flush=True)
     loader.close()
-    if not wanted: write(rows, root/'tests', code, time.monotonic()-began)
+    write(rows, root/'tests', code, time.monotonic()-began, wanted)
     sys.exit(any(map(problems, rows)))
