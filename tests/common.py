@@ -1,5 +1,5 @@
 "What tests of several modules share"
-import json, os
+import json, os, shutil, subprocess
 from pathlib import Path
 import pytest, torch
 from cald.lab import experiment
@@ -20,6 +20,17 @@ def cells(notebook, kind=None):
     "The cells of file `notebook`, all or those of a kind ('code', 'markdown')"
     found = json.loads(notebook.read_text(encoding='utf-8'))['cells']
     return [c for c in found if kind in (None,c['cell_type'])]
+
+def clone_files(folder):
+    "`folder` with the files of the repository as a clone has them, without anything that git ignores; or skip"
+    root = library.parent
+    listed = subprocess.run(['git','ls-files','-co','--exclude-standard','-z'], cwd=root, capture_output=True, text=True)
+    if listed.returncode: pytest.skip('this is not a git repository')
+    for name in filter(None, listed.stdout.split('\0')):
+        if not (root/name).is_file(): continue
+        (folder/name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(root/name, folder/name)
+    return folder
 
 def data_folder(name):
     "`name` in the folder of recorded data, or skip"

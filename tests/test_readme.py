@@ -1,7 +1,8 @@
 "Every line of README works in a fresh clone: Python blocks are run, commands too, at scale smoke where they train."
-import os, re, shlex, shutil, subprocess, sys
+import os, re, shlex, subprocess, sys
 from pathlib import Path
 import pytest
+from common import clone_files
 
 root = Path(__file__).parents[1]
 readme = (root/'README.md').read_text(encoding='utf-8')
@@ -20,14 +21,7 @@ def lines(): return [l for l in all_lines() if not is_own(l)]
 @pytest.fixture(scope='module')
 def clone(tmp_path_factory):
     "The files of the repository as a clone has them, without anything that git ignores"
-    folder = tmp_path_factory.mktemp('clone')
-    listed = subprocess.run(['git','ls-files','-co','--exclude-standard','-z'], cwd=root, capture_output=True, text=True)
-    if listed.returncode: pytest.skip('this is not a git repository')
-    for name in filter(None, listed.stdout.split('\0')):
-        if not (root/name).is_file(): continue
-        (folder/name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(root/name, folder/name)
-    return folder
+    return clone_files(tmp_path_factory.mktemp('clone'))
 
 def run(command, clone):
     "Run `command`, a list of words, in the clone with the clone's library"

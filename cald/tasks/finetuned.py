@@ -38,7 +38,7 @@ def alphabet_of(source:str, config)->Characters:
                          f'but {blank} in the tokenizer')
     space = getattr(tokenizer, 'word_delimiter_token', '|')
     chars = ['|' if names[i]==space else names[i] for i in sorted(names) if i!=blank]
-    return Characters(chars, blank, tokenizer.all_special_tokens)
+    return Characters(chars, blank, set(tokenizer.all_special_tokens)-{space})
 
 # %% ../../nbs/04kb_finetuned.ipynb #04b26010
 def save_processor(labels, # `Characters` or `Heads`

@@ -18,7 +18,7 @@ from transformers.models.wav2vec2.modeling_wav2vec2 import Wav2Vec2FeatureEncode
 from ..data.speech import load_audio
 from ..data.voices import SAMPLE_RATE
 from ..files import write_atomic
-from ..pretrained import find_source
+from ..pretrained import find_source,quietly
 
 # %% ../../nbs/04j_front_end.ipynb #eadbe417
 def front_end(encoder:nn.Module, # `model.feature_extractor` of a Wav2Vec2 with layer norm in the CNN
@@ -99,7 +99,7 @@ def make_frames(df, source, size:int=32)->dict:
     frames = [None]*len(df)
     samples = np.zeros(len(df), np.int64)
     order = np.argsort(df.seconds.fillna(0), kind='stable').values
-    model = take_frames(Wav2Vec2Model.from_pretrained(find_source(source)))
+    with quietly(): model = take_frames(Wav2Vec2Model.from_pretrained(find_source(source)))
     for i in tqdm(range(0, len(df), size), desc='front end', disable=None):
         idx = order[i:i+size]
         _,audio = read_audio(df.iloc[idx])
