@@ -21,7 +21,7 @@ from transformers import default_data_collator,TrainingArguments
 from .calibrate import attention_pairs,calibrate,first,layer_errors,on_attention,run_layers,squares
 from .files import read_json,write_atomic,write_json
 from .hidden_states import state_mask
-from .training.loop import as_read,check_description,describe
+from .training.loop import any_process,as_read,check_description,describe
 from .resume import (delete_checkpoint,list_checkpoints,load_state,rng_state,save_state,
                          set_rng_state)
 from .training.trainer import ResumableTrainer
@@ -33,8 +33,8 @@ class Aligner(ResumableTrainer):
 
     def __init__(self, model, args, train_dataset, teacher, **kwargs):
         super().__init__(model, args, train_dataset, **kwargs)
-        if args.world_size>1:
-            raise ValueError('alignment runs in one process: align before `accelerate launch`')
+        self.shares_batches = args.world_size==1 # mixers are trained without a pass through the whole model,
+                                                 # so every process makes the same steps
         attention_pairs(model, teacher) # TypeError for another family
         self.teacher = teacher.eval().to(args.device)
         self.losses = []                            # of the steps so far
@@ -81,7 +81,7 @@ def end_step(self:Aligner, control):
     if len(self.losses)%n or len(self.losses)<2*n: return
     before = sum(self.losses[-2*n:-n])
     now = sum(self.losses[-n:])
-    if now>=before: control.should_training_stop = True
+    if any_process([now>=before], self.args.device)[0]: control.should_training_stop = True
 
 @patch
 def training_state(self:Aligner)->dict:
@@ -170,6 +170,13 @@ def run(self:Alignment, student, data, collate,
         attention_pairs(student, self.teacher)[i][0].mixer.load_state_dict(calibrated[i])
         errors.loc[i,'after'] = errors.calibrated[i]
     student.train(was_training)
+    if args.should_save: self.finish(student, folder, description, errors)
+    return errors
+
+# %% ../nbs/02c_align.ipynb #02b20005a
+@patch
+def finish(self:Alignment, student, folder, description:dict, errors:pd.DataFrame):
+    "Write the mixers and the `errors` to `folder`; then delete its checkpoints"
     state = student.state_dict()
     new = {name: state[name].contiguous().clone() for name in student.new_weights()}
     write_atomic(folder/'aligned.safetensors', save(new))
@@ -178,9 +185,7 @@ def run(self:Alignment, student, data, collate,
     write_json(folder/'run.json', description)
     write_json(folder/'aligned.json', result)
     for checkpoint in list_checkpoints(folder): delete_checkpoint(checkpoint)
-    return errors
 
-# %% ../nbs/02c_align.ipynb #02b20005a
 @patch
 def restore(self:Alignment, student, folder)->pd.DataFrame:
     "Load the mixers that a finished alignment left in `folder`; ValueError if it had other settings"

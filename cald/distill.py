@@ -20,7 +20,6 @@ from .training.loop import describe,ProgressLines,seed_all,sum_over_processes,we
 from .resume import find_snapshots
 from .training.trainer import ResumableTrainer
 
-# %% ../nbs/03_distill.ipynb #a3d0c001
 _all_ = ['find_snapshots', 'ProgressLines', 'seed_all'] # imported above; exported by this module too
 
 # %% ../nbs/03_distill.ipynb #a16f502d
@@ -295,6 +294,7 @@ def _align(self:Distiller, resume:bool):
     names = ('per_device_train_batch_size','gradient_accumulation_steps','seed','data_seed','bf16','fp16',
              'use_cpu','remove_unused_columns','dataloader_num_workers','log_level')
     options = {name: getattr(self.args, name) for name in names}
+    options['per_device_train_batch_size'] *= self.args.world_size # each process aligns with the whole batch
     folder = Path(self.args.output_dir)/'align'
     self.alignment_errors = self.align.run(self.model, self.train_dataset, self.data_collator, folder, resume,
                                            self.progress, self.changed, **options)

@@ -20,6 +20,7 @@ from transformers.utils import find_labels,ModelOutput
 from .files import check_name,write_atomic
 from .models import FAMILIES
 from .resume import seeded_rng
+from .training.loop import label_weight
 
 # %% ../nbs/01d_hidden_states.ipynb #f29c30f8
 def state_length(model, batch)->int:
@@ -119,6 +120,7 @@ def train_teacher(teacher,
         loss = task_loss(out, batch) if task_loss else getattr(out, 'loss', None)
         if loss is None:
             raise ValueError(f'the teacher gave no loss for {list(batch)}; add labels, or pass `task_loss`')
+        if task_loss is None: loss = loss*label_weight(teacher, batch)
         loss.backward()
     return detach_output(out),loss.detach()
 

@@ -1,6 +1,8 @@
 "Faults that are injected: interruptions, damaged files, numbers that are not finite, foreign folders"
-import json, logging, os, re, shutil
+import json, logging, os, re, shutil, time
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest, torch
@@ -8,13 +10,13 @@ from transformers import AutoTokenizer,TrainerCallback
 
 from cald.align import Alignment
 from cald.convert import convert
-from cald.distill import find_snapshots
+from cald.distill import Distiller,find_snapshots
 from cald.files import write_json
 from cald.guidance import Hybrid,load_snapshot,Target,Trajectory,Unguided,Waypoint
 from cald.lab.experiment import Experiment,Task
-from cald.lab.grid import cell
-from cald.lab.queue import train_missing
-from cald.lab.recipe import LogPace,Recipe
+from cald.lab.grid import cell,SETTINGS
+from cald.lab.queue import begin_run,estimate,train_missing
+from cald.lab.recipe import FirstEstimate,LogPace,Recipe,TableDistiller
 from cald.lab.results import check_parameters,write_table
 from cald.lab.store import out_folder,Store
 from cald.losses import loss_preset
@@ -22,7 +24,8 @@ from cald.pretrained import shipped,weight_files
 from cald.resume import (checkpoint_problem,delete_checkpoint,last_checkpoint,list_checkpoints,load_state,MANIFEST,
                          save_state,write_checkpoint_manifest)
 from cald.tasks.text import TextData
-from test_distill import collate,distiller,same,speech,utterances
+from cald.training.loop import as_read,changes,describe,describe_training
+from test_distill import collate,distiller,same,settings,speech,utterances
 
 pytestmark = pytest.mark.faults
 refused = pytest.mark.faults(refused=True) # for the table in conftest.py
@@ -194,6 +197,58 @@ def test_an_alignment_is_not_resumed_with_another_teacher(tmp_path):
                                         align=Alignment(speech(teacher), 2, calibration=1), max_steps=1)
     make(3).train()
     with pytest.raises(ValueError, match="other settings: teacher was"): make(4).train(resume=True)
+
+DECISIVE = """learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps weight_decay optim optim_args adam_beta1 adam_beta2
+    adam_epsilon max_grad_norm max_steps num_train_epochs per_device_train_batch_size gradient_accumulation_steps world_size bf16 fp16
+    seed data_seed train_sampling_strategy dataloader_drop_last metric_for_best_model greater_is_better eval_strategy eval_steps""".split()
+
+@refused
+@pytest.mark.parametrize('name', DECISIVE)
+def test_every_argument_that_decides_a_run_is_compared(name):
+    args = dict.fromkeys(DECISIVE, 1)|dict(load_best_model_at_end=True, max_steps=-1 if name=='num_train_epochs' else 1)
+    before,now = (describe_training(SimpleNamespace(**args|change)) for change in ({},{name: 2}))
+    assert changes(before, now)==[f'{name} was 1 and is 2']
+
+@pytest.fixture(scope='module')
+def two_snapshots(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('two')
+    for s in (2,5): speech(s).save_pretrained(folder/f'snapshot-{s}')
+    return find_snapshots(folder)
+
+def target(snapshots, teacher=3, **kw): return Target(speech(teacher), **kw)
+def trajectory(snapshots, source=3, **kw): return Trajectory(speech(source), **kw)
+def waypoint(snapshots, **kw): return Waypoint(snapshots, **kw)
+def hybrid(snapshots, until=.4, after=None, **kw): return Hybrid(target(snapshots, **kw), until, after)
+
+common = dict(loss=loss_preset(alpha=5.), seed=4)
+TAUGHT = {target: dict(common, teacher=5, train_mode=True), waypoint: dict(common, cycle='equal', train_mode=True),
+          hybrid: dict(common, teacher=5, until=.7, after=loss_preset(alpha=1.)),
+          trajectory: dict(common, source=5, lr=1e-4, every=2, warmup=.5, schedule='constant', schedule_steps=7, weight_decay=.1, clip=1.,
+                           train_mode=False, own_forward=True)}
+
+@refused
+@pytest.mark.parametrize('make,name', [(make,name) for make,values in TAUGHT.items() for name in values])
+def test_everything_that_decides_a_guidance_is_compared(two_snapshots, make, name):
+    before,now = (as_read(describe(make(two_snapshots, **change))) for change in ({},{name: TAUGHT[make][name]}))
+    assert [c.split(' was ')[0].split('.')[0] for c in changes(before, now)]==[name]
+
+@refused
+@pytest.mark.parametrize('name,value', dict(task_sum=True, lr_new=.1, freeze=.5, eval_dataset=utterances(3), align=Alignment(speech(3), 2)).items())
+def test_everything_that_decides_a_distiller_is_compared(tmp_path, name, value):
+    "None of it is in the guidance or in the arguments"
+    student = convert(speech(0), to='linformer', k=4, max_length=200, seed=0)
+    def described(**kw):
+        d = Distiller(student, settings(tmp_path), utterances(), data_collator=collate, progress='none', **kw)
+        return as_read(d.description())
+    before,now = described(),described(**{name: value})
+    assert [c.split(' was ')[0] for c in changes(before, now)]==['dev data' if name=='eval_dataset' else name]
+
+@refused
+def test_the_floor_of_a_schedule_is_compared(tmp_path):
+    def described(floor):
+        d = TableDistiller(speech(0), settings(tmp_path), utterances(), data_collator=collate, progress='none', judge=None, floor=floor)
+        return as_read(d.description())
+    assert changes(described(.1), described(.2))==['floor was 0.1 and is 0.2']
 
 def test_who_asks_for_it_is_warned_only(guided_run, tmp_path, caplog):
     d = guided(tmp_path, alpha=5., learning_rate=2e-2, changed='warn')
@@ -378,6 +433,50 @@ def test_a_long_run_logs_its_pace(tmp_path):
     distiller(tmp_path/'run', Unguided(), max_steps=2, callbacks=[LogPace(run, minutes=0)]).train()
     lines = (tmp_path/'progress.log').read_text().splitlines()
     assert len(lines)==2 and re.fullmatch(r'toy .*: step 1/2, [0-9.]+ s a step, 0:00:[0-9]+ left', lines[0])
+
+class Slow(TrainerCallback):
+    "A step takes at least a tenth of a second"
+    def on_step_begin(self, args, state, control, **kwargs): time.sleep(.1)
+
+def measured(store, c, steps, **kw):
+    "A finished run of cell `c`, the first of four of two modes, and its first estimate"
+    todo = [store.run(replace(c, mode=mode, seed=c.seed+i), 'data') for mode in (c.mode,'other') for i in (0,1)]
+    run = todo[0]
+    begin_run(run, store, SimpleNamespace(set_description=print), todo, False, 1)
+    first = FirstEstimate(run, after=0)
+    distiller(run.folder/'train', Unguided(), callbacks=[first,Slow()], max_steps=steps, **kw).train()
+    run.finish(dict(loss=1.))
+    return run,first
+
+def test_the_estimate_after_ten_steps_is_within_a_third(tmp_path, monkeypatch):
+    "The second run of the mode takes as long, those of another mode twice as long"
+    monkeypatch.setitem(SETTINGS, 'toy', dict(demo=dict(steps=30)))
+    store = Store(tmp_path)
+    run,first = measured(store, cell('toy'), 30, eval_dataset=utterances(2), eval_strategy='steps', eval_steps=15)
+    assert first.seconds==pytest.approx((2+2*2)*run.record['seconds'], rel=1/3)
+    line = (tmp_path/'progress.log').read_text().splitlines()[-1]
+    assert re.fullmatch(r'.* for 4 runs, as measured here; ([0-9.]+ GiB of memory, )?0.00 GiB a checkpoint', line)
+
+def test_each_mode_is_measured_once(tmp_path, monkeypatch):
+    monkeypatch.setitem(SETTINGS, 'toy', dict(demo=dict(steps=11)))
+    store = Store(tmp_path)
+    said = []
+    for mode,seed in (('standard',0),('target',0),('target',1)):
+        measured(store, cell('toy', mode=mode, seed=seed), 11)
+        said.append((tmp_path/'progress.log').read_text().count('as measured here'))
+    assert said==[1,2,2]
+
+def test_a_trial_of_two_steps_tells_the_time_of_a_long_run(tmp_path, monkeypatch):
+    "Most of its seconds are not for its steps"
+    monkeypatch.setitem(SETTINGS, 'toy', dict(demo=dict(steps=2)))
+    store = Store(tmp_path)
+    trial,_ = measured(store, cell('toy'), 2)
+    write_json(trial.folder/'result.json', dict(trial.record, seconds=60.))
+    long = store.run(cell('toy', seed=1), 'data')
+    long.settings['steps'] = 90_000
+    seconds = estimate([long], [trial])
+    step = trial.record['step_seconds']
+    assert .1<=step<2 and seconds==pytest.approx(60+89_998*step)
 
 # names and folders
 

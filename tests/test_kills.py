@@ -1,14 +1,23 @@
 """Runs that are killed (SIGKILL) at points drawn by a seed, half of them while files are written: resumed, they end with the
 weights and the metrics of an uninterrupted run. Each run is a child that is forked from this process."""
-import json, mmap, os, random, shutil, signal, struct, sys, traceback
+import json, mmap, os, random, shutil, signal, struct, sys, time, traceback
+from dataclasses import asdict
+from pathlib import Path
 
-import pytest, torch
-from transformers import RobertaConfig,RobertaForSequenceClassification,TrainerCallback,TrainingArguments
+import pandas as pd, psutil, pytest, torch
+from transformers import (AutoModelForSequenceClassification,RobertaConfig,RobertaForSequenceClassification,TrainerCallback,
+                          TrainingArguments)
 
 from cald.align import Alignment
 from cald.convert import convert
 from cald.distill import Distiller,find_snapshots
 from cald.guidance import Hybrid,Target,Trajectory,Unguided,Waypoint
+from cald.lab.experiment import Experiment,Task
+from cald.lab.grid import scale_settings
+from cald.lab.recipe import Recipe
+from cald.lab.store import Store
+from cald.paper.reproduce import reproduce
+from cald.paper.status import Artefact
 from cald.training.loop import content_hash
 from cald.resume import last_checkpoint
 
@@ -139,3 +148,100 @@ def test_killed_runs_end_as_uninterrupted_ones(mode, snapshots, tmp_path, record
     assert json.loads((cut/'end.json').read_text())==straight
     record_property('kills', kills)
     record_property('steps lost', lost)
+
+# a whole `cald reproduce`, whose kernel is another process
+
+GRID_CELL = """from cald.lab.results import write_table
+from cald.lab.store import out_folder,Store
+from test_kills import Table,TableData
+experiment = Table()
+grid = dict(tasks=['kill'], modes=['target'], seeds=seeds, source='random', scale=scale)
+results = experiment.train({}, grid, experiment.read(), Store(None, experiment.modules))
+write_table('killed', experiment.table(results), results, out_folder(out, scale), params=dict(scale=scale), force=True)"""
+
+class TableData:
+    hash = 'sentences'
+
+class Table(Experiment):
+    "A standard model and its student, with dropout and random inputs"
+    tasks = dict(kill=Task('kill', 'kill', 'error', False))
+    modules = ['cald.lab.experiment']
+    metrics = dict(error='error')
+    mixer = 'linformer'
+    def read(self, **kwargs): return dict(kill=TableData)
+    def part(self, data, task, split): return sentences(24)
+    def labels(self, data, task): return 2
+    def source(self, c, r, labels): return roberta(c.seed)
+    def load(self, folder): return AutoModelForSequenceClassification.from_pretrained(folder)
+    def mixer_args(self, mixer, r): return dict(k=4)
+    def collate(self, items): return collate(items)
+    @torch.no_grad()
+    def judge(self, model, ds):
+        training = model.training
+        inputs = {k: torch.stack([torch.as_tensor(o[k]) for o in ds]) for k in ('input_ids','labels')}
+        error = model.eval()(**inputs).loss.item()
+        model.train(training)
+        return dict(error=error)
+
+scale_settings('kill', smoke=asdict(Recipe(steps=60, batch=4, lr=1e-2, lr_student=1e-2, alpha=1., evals=12)))
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    "A project with the notebook of one table"
+    source = "scale:str = 'demo'\nseeds:list[int] = [0]\nout:str = ''"
+    code = [dict(cell_type='code', id=f'c{i}', source=s, metadata=dict(tags=t), outputs=[], execution_count=None)
+            for i,(s,t) in enumerate([(source, ['parameters']), (GRID_CELL, [])])]
+    (tmp_path/'nbs').mkdir()
+    (tmp_path/'settings.ini').write_text('lib_name = cald\n')
+    meta = dict(kernelspec=dict(name='python3', display_name='python3', language='python'))
+    (tmp_path/'nbs'/'killed.ipynb').write_text(json.dumps(dict(cells=code, metadata=meta, nbformat=4, nbformat_minor=5)))
+    monkeypatch.chdir(tmp_path)
+    for k in ('CALD_RUNS','CALD_OUT'): monkeypatch.delenv(k, raising=False)
+    tests = Path(__file__).parent
+    monkeypatch.setenv('PYTHONPATH', os.pathsep.join([str(tests.parent), str(tests)]))
+    monkeypatch.setenv('OMP_NUM_THREADS', '1')
+    return tmp_path
+
+def make_table(): reproduce(scale='smoke', artefacts=[Artefact('killed', 'Killed', 'killed')])
+
+def checkpoint_of(mode, folder):
+    "The last checkpoint of the run of `mode`, 0 without one"
+    return max((int(p.parent.name.split('-')[1]) for p in (folder/'runs').glob(f'*-{mode}-*/train/checkpoint-*/complete.json')), default=0)
+
+def kill_reproduce(folder, mode):
+    "Start `cald reproduce`; kill it and its kernel once the run of `mode` has a checkpoint; the step of that checkpoint"
+    sys.stdout.flush()
+    pid = os.fork()
+    if not pid:
+        try: make_table()
+        finally: os._exit(1)
+    end = time.monotonic()+300
+    while not checkpoint_of(mode, folder):
+        assert os.waitpid(pid, os.WNOHANG)[0]==0 and time.monotonic()<end, 'it ended before the run began'
+        time.sleep(.005)
+    kernels = psutil.Process(pid).children(recursive=True)
+    assert kernels
+    for each in kernels: each.kill()
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    psutil.wait_procs(kernels, 30)
+    assert not list((folder/'runs').glob(f'*-{mode}-*/result.json'))
+    return checkpoint_of(mode, folder)
+
+def test_a_killed_reproduce_ends_with_the_results_of_an_uninterrupted_one(project, record_property):
+    for mode in ('standard','target'): assert kill_reproduce(project, mode)<60
+    make_table()
+    table = Table()
+    grid = dict(tasks=['kill'], modes=['target'], seeds=[0], source='random', scale='smoke')
+    straight = Store(project/'straight')
+    results = table.train({}, grid, table.read(), straight)
+    for run in straight.runs():
+        cut, = [r for r in Store(project/'runs').runs() if r.key==run.key]
+        assert len(cut.sessions)>1 and cut.result==run.result
+        a,b = (table.load(r.folder/'model').state_dict() for r in (run,cut))
+        assert all(torch.equal(a[n], b[n]) for n in a)
+        logs = [r.metrics().drop(columns=['seconds','session']) for r in (run,cut)]
+        assert logs[0].equals(logs[1])
+    shown = pd.read_csv(project/'runs'/'smoke'/'killed.csv')
+    assert shown['mean'].tolist()==pytest.approx(table.table(results)['mean'].tolist(), rel=1e-5)
+    record_property('kills', 2)

@@ -2,7 +2,7 @@
 import importlib.util, json
 from dataclasses import replace
 
-import numpy as np, pytest, torch, transformers
+import numpy as np, pandas as pd, pytest, torch, transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig
 
 import cald.lab.experiment
@@ -185,6 +185,43 @@ def test_judging_does_not_depend_on_the_batch_and_leaves_the_model_as_it_was(sou
     assert half['perplexity']==pytest.approx(a['perplexity'], rel=.02)
 
 # ---- the harness
+
+def test_the_source_is_measured_once_for_all_budgets_and_seeds(source, cache, tmp_path, monkeypatch):
+    exp,data = read(source, cache, ['small','medium'])
+    store = Store(tmp_path, exp.modules)
+    measured = []
+    monkeypatch.setattr(exp, 'judge', lambda model, ds: measured.append(ds) or evaluate_lm(model, ds))
+    def table(**kw): return exp.train_cells([c for _,c in exp.grid(list(data), ['standard'], [0,1], source, 'smoke', **kw)], data, store)
+    found = table()
+    assert len(measured)==1 and len(found)==4 and found.perplexity.nunique()==found.bits.nunique()==1
+    alone = evaluate_lm(load_lm(source), data['small'].parts['test'])
+    assert found.perplexity[0]==alone['perplexity']
+    models = [exp.load(store.behind(r).folder/'model').state_dict() for r in found.record]
+    assert all(torch.equal(models[0][n], m[n]) for m in models for n in m)
+    table(random=True)
+    assert len(measured)==5 # weights that each seed draws
+    table(judge_batch=2)
+    assert len(measured)==6
+    monkeypatch.setattr('cald.lab.store.Run.changed', lambda run: ['cald.mixers']) # what other code measured is no source of numbers
+    exp.train_cells([c for _,c in exp.grid(list(data), ['standard'], [2], source, 'smoke')], data, store)
+    assert len(measured)==8
+
+def test_zero_shot_results_are_measured_once_and_kept(source, cache, tmp_path, monkeypatch):
+    exp,data = read(source, cache, ['small','medium'])
+    store = Store(tmp_path, exp.modules)
+    found = exp.train_cells([c for _,c in exp.grid(list(data), ['standard','unguided'], [0], source, 'smoke')], data, store)
+    calls = []
+    def zero_shot(model, tokenizer, tasks, task_folder, batch_size):
+        calls.append((type(model).__name__, batch_size))
+        return pd.DataFrame(dict(task=tasks, metric='acc', value=.5, stderr=None, n=3))
+    monkeypatch.setattr('cald.paper.table2.zero_shot', zero_shot)
+    for _ in range(2):
+        scores = [exp.stored_zero_shot(store.behind(r), store, ['piqa','sciq']) for r in found.record]
+        assert all(s.task.tolist()==['piqa','sciq'] and (s.value==.5).all() for s in scores)
+    batch = settings(cell('small', scale='smoke'))['judge_batch']
+    assert [b for _,b in calls]==[batch]*3 # the source once, two students
+    exp.stored_zero_shot(store.behind(found.record[0]), store, ['piqa'])
+    assert len(calls)==4
 
 def test_zero_shot_is_what_the_model_says(source, tmp_path):
     if importlib.util.find_spec('lm_eval') is None: pytest.skip('lm-eval is not installed (extra `eval`)')

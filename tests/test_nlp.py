@@ -10,7 +10,7 @@ from cald.lab.recipe import MODES
 from cald.paper.table1 import CHOSEN,chosen,Nlp,SEARCH_SEED,table4
 from cald.data.tables import DataError
 from cald.lab.data_file import read_data_file
-from cald.lab.experiment import train_as_helper
+from cald.lab.queue import train_as_helper
 from cald.lab.grid import settings
 from cald.lab.store import Store
 from cald.data.text import read_text_task

@@ -204,6 +204,15 @@ def test_a_helper_that_fails_leaves_the_work_to_others(tmp_path):
     assert all(p.returncode for p in procs) and torch.get_num_threads()==threads
     assert 'no_such_module' in (tmp_path/'helper-2.log').read_text()
 
+def test_a_helper_imports_nothing_that_lies_in_the_working_folder_by_chance(tmp_path, monkeypatch):
+    (tmp_path/'json.py').write_text("open('planted', 'w')")
+    (tmp_path/'mine.py').write_text('def work(): pass')
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv('PYTHONPATH', str(root))
+    with queue.helper_processes(1, 'mine:work', tmp_path) as procs: procs[0].wait(timeout=120)
+    assert procs[0].returncode==0, (tmp_path/'helper-1.log').read_text()
+    assert not (tmp_path/'planted').exists()
+
 def test_what_another_process_has_done_meanwhile_is_not_counted_as_left(tmp_path):
     cells = grid(task='counted', source='s', mixer='none', mode='m', seed=range(4))
     mine,theirs = Store(tmp_path),Store(tmp_path).run(cells[1], 'h')

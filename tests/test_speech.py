@@ -7,8 +7,7 @@ from transformers import (pipeline, Trainer, Wav2Vec2Config, Wav2Vec2CTCTokenize
                           Wav2Vec2ForSequenceClassification, Wav2Vec2Processor)
 from cald.guidance import Unguided
 from cald.lab.grid import cell,run_key,settings
-from cald.lab.queue import helper_processes
-from cald.lab.experiment import train_as_helper
+from cald.lab.queue import helper_processes,train_as_helper
 from cald.lab.store import Store
 from cald.lab.recipe import MODES
 from cald.data.tables import DataError
@@ -124,7 +123,7 @@ def test_a_helper_trains_cells_of_the_same_grid(data, tmp_path, monkeypatch):
     store = Store(tmp_path, exp.modules)
     data_args = dict(tasks=['asr'], source=source, cache=str(home/'cache'), data=str(home/'manifest.tsv'), scale='smoke')
     grid_args = dict(tasks=['asr'], modes=['target','unguided'], seeds=[0,1], source=source, scale='smoke', steps=2)
-    with helper_processes(1, 'cald.lab.experiment:train_as_helper', tmp_path, experiment='cald.paper.table3:Speech', data_args=data_args, grid_args=grid_args, runs=str(tmp_path)) as procs:
+    with helper_processes(1, 'cald.lab.queue:train_as_helper', tmp_path, experiment='cald.paper.table3:Speech', data_args=data_args, grid_args=grid_args, runs=str(tmp_path)) as procs:
         procs[0].wait(timeout=240)                       # here it does all of the work
     assert procs[0].returncode==0, (tmp_path/'helper-1.log').read_text()
     results = exp.train(data_args, grid_args, corpora, store)

@@ -24,7 +24,7 @@ from .jobs import check_converted,checked_source
 from .speech_job import find_job
 from ..distill import find_snapshots,seed_all
 from ..files import check_name,hash_files,read_json,write_atomic,write_json
-from ..lab.recipe import guidance_for,MODES,Recipe,TableDistiller,training_args
+from ..lab.recipe import guidance_for,MODES,Recipe,TableDistiller,to_accelerator,training_args
 from ..lab.store import source_key
 import cald.models as models
 
@@ -231,8 +231,7 @@ def evaluate_folder(model:str, data:str, task:str='', predictions:str='', **read
     if predictions and job.kind.name=='text-generation':
         raise ValueError('a language model has no predictions to write')
     ds = job.sets['test']
-    trained = job.load()
-    if torch.accelerator.is_available(): trained.to(torch.accelerator.current_accelerator())
+    trained = to_accelerator(job.load())
     if predictions:
         found = job.where['test'].assign(prediction=job.predict(trained, ds))
         write_atomic(Path(predictions).expanduser(), found.to_csv(sep='\t', index=False))

@@ -4,16 +4,18 @@
 
 # %% auto #0
 __all__ = ['MODES', 'Recipe', 'check_recipe', 'start_from', 'finished_teacher', 'guidance_for', 'TableDistiller', 'training_args',
-           'LogTo', 'save_model', 'FirstEstimate', 'LogPace', 'evenly_spaced', 'chance_score', 'draw_share']
+           'share_of_batch', 'LogTo', 'to_accelerator', 'save_model', 'FirstEstimate', 'LogPace', 'evenly_spaced',
+           'chance_score', 'draw_share']
 
 # %% ../../nbs/03f_recipe.ipynb #d38059a9
 import math
 import os
 import shutil
 import time
-from collections import Counter
+from collections import Counter,deque
 from dataclasses import dataclass,replace
 from pathlib import Path
+from statistics import median
 
 import torch
 from fastcore.basics import patch
@@ -27,7 +29,8 @@ from ..files import check_name
 from ..training.loop import Pace
 from ..guidance import Hybrid,Target,Trajectory,Unguided,Waypoint
 from .grid import Cell,settings
-from .queue import log_progress
+from .queue import broadcast,format_minutes,log_progress,run_cost
+from .store import is_main,peak_memory_mb
 from ..losses import loss_preset
 
 # %% ../../nbs/03f_recipe.ipynb #7ad52b3f
@@ -82,11 +85,6 @@ def of(self:Recipe, mode:str)->tuple:
     if mode=='standard': return self.lr,self.steps
     lr = self.lr_student if self.rates=='one' else self.lr_transferred
     return lr,self.steps_student or self.steps
-
-@patch
-def cost(self:Recipe, mode:str)->int:
-    "Steps of a model of `mode`, in those of a standard model: a teacher costs about as much as a student"
-    return self.of(mode)[1]*(1 if mode=='standard' else 2)
 
 @patch
 def alignment(self:Recipe, teacher)->Alignment: # None if mixers start as they are
@@ -151,18 +149,21 @@ class TableDistiller(Distiller):
 
     def evaluate(self, eval_dataset=None, **kwargs):
         ds = self.eval_dataset if eval_dataset is None else eval_dataset
-        metrics = {f'eval_{k}': v for k,v in self.judge(self.model, ds).items()}
+        metrics = broadcast({f'eval_{k}': v for k,v in self.judge(self.model, ds).items()}) # one best step
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def _get_train_sampler(self, train_dataset=None):
-        "By the `lengths` of a data set that knows them: transformers would read every sample to measure it"
+        """By the `lengths` of a data set that knows them: transformers would read every sample to measure it.
+        Several processes have the order of one"""
         ds = self.train_dataset if train_dataset is None else train_dataset
-        if not hasattr(ds, 'lengths') or self.args.train_sampling_strategy!='group_by_length':
-            return super()._get_train_sampler(train_dataset)
-        size = self.args.train_batch_size*self.args.gradient_accumulation_steps
-        return LengthGroupedSampler(size, dataset=ds, lengths=ds.lengths)
+        if self.args.train_sampling_strategy!='group_by_length': return super()._get_train_sampler(ds)
+        size = self.args.train_batch_size*self.args.gradient_accumulation_steps*self.args.world_size
+        if hasattr(ds, 'lengths'): return LengthGroupedSampler(size, dataset=ds, lengths=ds.lengths)
+        sampler = super()._get_train_sampler(ds)
+        if sampler is not None: sampler.batch_size = size
+        return sampler
 
     def create_scheduler(self, num_training_steps, optimizer=None):
         if self.floor is None: return super().create_scheduler(num_training_steps, optimizer)
@@ -191,7 +192,15 @@ def training_args(r:Recipe, task, folder, seed:int, lr:float, steps:int,
         load_best_model_at_end=True, metric_for_best_model=task.metric, greater_is_better=task.higher,
         train_sampling_strategy='group_by_length', seed=seed, data_seed=seed, report_to='none',
         remove_unused_columns=False)
-    return TrainingArguments(**{**settings, **others})
+    args = TrainingArguments(**{**settings, **others})
+    args.per_device_train_batch_size = share_of_batch(args.per_device_train_batch_size, args.world_size)
+    return args
+
+def share_of_batch(batch:int, processes:int)->int:
+    "The samples of a micro-batch of `batch` that each of `processes` gets; ValueError if they do not divide it"
+    if batch%processes==0: return batch//processes
+    raise ValueError(f'a batch of {batch} cannot be divided among {processes} processes: '
+                     'start a number that divides it, or set another batch')
 
 # %% ../../nbs/03f_recipe.ipynb #4c4e5f61
 class LogTo(TrainerCallback):
@@ -201,8 +210,13 @@ class LogTo(TrainerCallback):
         numbers = {k: v for k,v in logs.items() if isinstance(v, (int,float)) and k!='epoch'}
         if 'train_runtime' not in numbers: self.run.log(step=state.global_step, **numbers)
 
+def to_accelerator(model):
+    "`model`, moved to the accelerator of this process if there is one"
+    return model.to(torch.accelerator.current_accelerator()) if torch.accelerator.is_available() else model
+
 def save_model(model, folder, save=None): # save: a function that writes more files to a folder
-    "Save `model` to `folder` in one move"
+    "Save `model` to `folder` in one move; of several processes the first one does"
+    if not is_main(): return
     tmp = Path(folder).with_name('tmp-model')
     shutil.rmtree(tmp, ignore_errors=True)
     model.save_pretrained(tmp)
@@ -212,25 +226,34 @@ def save_model(model, folder, save=None): # save: a function that writes more fi
 
 # %% ../../nbs/03f_recipe.ipynb #03c0f1e5
 class FirstEstimate(TrainerCallback):
-    "After 20 seconds of the first run of a kind, report how long all runs take on this machine"
-    def __init__(self, run, cost): # cost: steps of a run, in those of a standard model
+    """Measure the steps of `run`. After ten of them and `after` seconds, report how long all runs take on this
+    machine, unless a run of this kind is finished already"""
+    def __init__(self, run, after:float=20.):
         self.run = run
-        self.cost = cost
-        self.pending = bool(getattr(run, 'unknown', ()))
+        self.after = after
+        self.pending = run in getattr(run, 'unknown', ())
+        self.steps = deque(maxlen=100) # seconds of each
     def on_train_begin(self, args, state, control, **kwargs):
         self.began = time.monotonic()
-        self.first = state.global_step
-    def on_step_end(self, args, state, control, **kwargs):
-        seconds = time.monotonic()-self.began
-        if not self.pending or seconds<20: return
+        self.mark()
+    def mark(self, *args, **kwargs): self.last = time.monotonic()
+    on_evaluate = on_save = on_log = mark # their time is not that of a step
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        self.steps.append(time.monotonic()-self.last)
+        self.mark()
+        if len(self.steps)<10 and state.global_step<state.max_steps: return
+        self.run.step_seconds = median(self.steps)
+        if self.pending and self.last-self.began>self.after: self.report(model)
+    def report(self, model):
         self.pending = False
-        share = (state.global_step-self.first)/state.max_steps # of this run
-        costs = {r.key: self.cost(r) for r in self.run.unknown}
-        this_run = seconds/share
-        all_runs = this_run*sum(costs.values())/costs[self.run.key]
-        minutes = all_runs/self.run.workers/60
-        text = f'about {minutes:.0f} minutes for {len(costs)} runs, as measured here in {seconds:.0f} s'
-        log_progress(self.run.folder.parent, text)
+        costs = {r.key: run_cost(r) for r in self.run.unknown}
+        pace = self.run.step_seconds/(1 if self.run.cell.mode=='standard' else 2)
+        self.seconds = (self.run.known_seconds+pace*sum(costs.values()))/self.run.workers
+        memory = f'{peak_memory_mb()/2**10:.1f} GiB of memory, ' if peak_memory_mb() else ''
+        weights = sum(p.numel()*p.element_size() for p in model.parameters())
+        log_progress(self.run.folder.parent,
+                     f'{format_minutes(self.seconds/60)} for {self.run.left} runs, as measured here; '
+                     f'{memory}{3*weights/2**30:.2f} GiB a checkpoint')
 
 class LogPace(TrainerCallback):
     "Write the pace of `run` to the progress log every `minutes`"

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PACKAGES', 'RECORD_COLUMNS', 'hash_once', 'normalised_ast', 'once_per_state', 'code_hash', 'fingerprint', 'git_state',
-           'device_name', 'peak_memory_mb', 'environment', 'is_main', 'out_folder', 'cell_of', 'Run', 'source_key',
-           'Store', 'result_row']
+           'launch_size', 'device_name', 'peak_memory_mb', 'environment', 'is_main', 'out_folder', 'cell_of', 'Run',
+           'source_key', 'Store', 'result_row']
 
 # %% ../../nbs/03b_store.ipynb #5dd082bf
 import ast,importlib.metadata,importlib.util,os,platform,re,shutil,socket,subprocess,time
@@ -69,13 +69,18 @@ def git_state()->dict:
     except (OSError, subprocess.SubprocessError): pass
     return dict(commit=None, dirty=None)
 
+def launch_size()->int:
+    "Number of processes that `accelerate launch` or `torchrun` started for one training, or 1"
+    return int(os.environ.get('WORLD_SIZE', 1))
+
 def device_name()->str:
-    "The accelerator, else the processor and the number of threads in use"
-    if torch.cuda.is_available(): return torch.cuda.get_device_name()
+    "The accelerator, else the processor and the number of threads in use; the processes of a launch"
+    together = f', {launch_size()} processes' if launch_size()>1 else ''
+    if torch.cuda.is_available(): return torch.cuda.get_device_name()+together
     info = Path('/proc/cpuinfo')
     names = re.findall(r'model name\s*: (.*)', info.read_text()) if info.exists() else []
     name = names[0] if names else platform.processor() or platform.machine()
-    return f'{name}, {torch.get_num_threads()} threads'
+    return f'{name}, {torch.get_num_threads()} threads{together}'
 
 def peak_memory_mb()->float:
     "Largest memory so far, of the accelerator or this process; None if the system is not Linux"
@@ -121,6 +126,7 @@ class Run:
         self.code = code or {}
         self.session = None
         self.lock = None # while this object holds the run
+        self.step_seconds = None # of an optimizer step, once it is measured
         self.cell = cell or cell_of(config)
         self.settings = config['settings']
         self.key = config['key']
@@ -185,6 +191,7 @@ def finish(self:Run, result):
     if hidden: raise ValueError(f"a result cannot have the names {', '.join(hidden)}: choose other names")
     if self.session is None: self.start()
     cost = dict(seconds=round(self.seconds, 2), peak_memory_mb=peak_memory_mb())
+    if self.step_seconds: cost['step_seconds'] = round(self.step_seconds, 4)
     write_json(self.folder/'result.json', dict(key=self.key, **cost, result=result))
 
 @patch

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['seed_all', 'SeededTrainer', 'Pace', 'ProgressLines', 'world_size', 'sum_over_processes', 'any_process',
-           'share_of_mean', 'counted_labels', 'weigh_process', 'content_hash', 'describe_data', 'describe', 'as_read',
-           'changes', 'describe_training', 'check_description']
+           'share_of_mean', 'counted_labels', 'label_weight', 'weigh_process', 'content_hash', 'describe_data',
+           'describe', 'as_read', 'changes', 'describe_training', 'check_description']
 
 # %% ../../nbs/00ga_loop.ipynb #0a100003
 import hashlib
@@ -40,6 +40,7 @@ def seed_all(seed:int):
 # %% ../../nbs/00ga_loop.ipynb #0a100006
 class SeededTrainer(Trainer):
     "`transformers.Trainer` whose order and random parts of the data depend on seed and epoch alone"
+    shares_batches = True # False: every process of a launch is given all batches
 
 # %% ../../nbs/00ga_loop.ipynb #3235f77c
 def _identity(batch): return batch
@@ -61,7 +62,7 @@ def get_train_dataloader(self:SeededTrainer):
     options = {n: getattr(self.args, f'dataloader_{n}') for n in names}
     loader = DataLoader(SeededBatches(dataset, collate, seed), self._train_batch_size, sampler=self._sampler,
                         collate_fn=_identity, **options)
-    return self.accelerator.prepare(loader)
+    return self.accelerator.prepare(loader) if self.shares_batches else loader
 
 @patch
 def begin_epoch(self:SeededTrainer):
@@ -124,6 +125,11 @@ def counted_labels(model, batch:dict)->Tensor: # None where the loss is a mean o
     return (labels!=-100).sum()
 
 # %% ../../nbs/00ga_loop.ipynb #0a100027
+def label_weight(model, batch:dict)->Tensor: # or 1
+    "The weight of this process in the own loss of `model`; 1 where that is a mean over samples"
+    labels = counted_labels(model, batch) if world_size()>1 else None
+    return 1 if labels is None else share_of_mean(labels)
+
 def weigh_process(losses:dict,      # of this process, by name: 'task', 'layer', 'output'
                   model, batch:dict, outputs,
                   loss,             # a `HiddenLoss`
@@ -132,8 +138,7 @@ def weigh_process(losses:dict,      # of this process, by name: 'task', 'layer',
                  )->dict:
     "`losses`, times the weight of this process where they are means over labels or valid positions"
     if world_size()==1: return losses
-    labels = counted_labels(model, batch) if own_loss else None
-    weights = {} if labels is None else {'task': share_of_mean(labels)}
+    weights = {'task': label_weight(model, batch)} if own_loss else {}
     if mask is not None and loss.masked and loss.per=='position':
         weights['layer'] = share_of_mean(mask.sum())
         if getattr(outputs.get('logits'), 'ndim', 0)==3: weights['output'] = weights['layer']
