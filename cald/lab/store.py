@@ -272,7 +272,10 @@ class Store:
 
     def behind(self, record)->Run:
         "The run behind a row of results; `record` is the row's column of that name"
-        return self.run(cell_of(record), record['data'])
+        run = self.run(cell_of(record), record['data'])
+        source = run.sessions[-1].get('source') if run.sessions else None # as it was given
+        if source: run.cell = replace(run.cell, source=source)
+        return run
 
     def runs(self)->list:
         "Every run that was ever started here; a folder that holds something else is named and left out"
