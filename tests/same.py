@@ -36,6 +36,8 @@ def run_notebook(tree, name, work):
 def read_run(folder, work):
     "The cell of a run, and its numbers: result, log, and hashes of its weights"
     config = json.loads((folder/'config.json').read_text().replace(str(work), ''))
+    session = json.loads((folder/'sessions.jsonl').read_text().splitlines()[-1])
+    if 'source' in session: config['cell']['source'] = session['source'].replace(str(work), '') # not its hash
     log = folder/'metrics.jsonl'
     lines = log.read_text().splitlines() if log.exists() else []
     result = without_times(json.loads((folder/'result.json').read_text())['result'])
