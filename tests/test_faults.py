@@ -449,7 +449,11 @@ def measured(store, c, steps, **kw):
     return run,first
 
 def test_the_estimate_after_ten_steps_is_within_a_third(tmp_path, monkeypatch):
-    "The second run of the mode takes as long, those of another mode twice as long"
+    "The second run of the mode takes as long, those of another mode twice as long; only `Slow` lets time pass"
+    now = [time.monotonic()]
+    def tick(self, args, state, control, **kwargs): now[0] += .1+.1*(state.global_step==0) # the first step is slower
+    monkeypatch.setattr(Slow, 'on_step_begin', tick)
+    for module in ('recipe','store'): monkeypatch.setattr(f'cald.lab.{module}.time', SimpleNamespace(monotonic=lambda: now[0]))
     monkeypatch.setitem(SETTINGS, 'toy', dict(demo=dict(steps=30)))
     store = Store(tmp_path)
     run,first = measured(store, cell('toy'), 30, eval_dataset=utterances(2), eval_strategy='steps', eval_steps=15)

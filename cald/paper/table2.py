@@ -20,7 +20,7 @@ from ..files import digest,hash_files,read_json,write_json
 from ..lab.experiment import Experiment,STARTED,Task
 from ..lab.grid import cell,scale_settings,settings
 from ..lab.recipe import Recipe,to_accelerator
-from ..lab.store import is_main
+from ..lab.store import is_main,source_key
 from ..pretrained import find_source,load_pretrained,source_folder,weight_files
 from ..tasks.lm import (check_lm_rows,collate_rows,evaluate_lm,lm_config,load_lm,next_token_loss,
                            read_lm_rows,Rows)
@@ -151,7 +151,8 @@ def _source_hash(source:str)->str:
 def twin(self:Lm, c, data:str, store): # a `Run` or None
     "A fresh run of the same untrained source on data with hash `data`, whatever its budget and seed"
     def untrained(c): return c.mode=='standard' and not settings(c).get('steps')
-    def same(d): return all(getattr(d, k)==getattr(c, k) for k in ('source','mixer','scale'))
+    ours = (source_key(c.source), c.mixer, c.scale) # as runs are stored
+    def same(d): return (d.source,d.mixer,d.scale)==ours
     if not untrained(c) or settings(c)['random']: return None
     for run in store.runs():
         known = run.done and run.cell.task in self.tasks and untrained(run.cell) and same(run.cell)
