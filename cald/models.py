@@ -141,9 +141,10 @@ def make_mixers(config, # of a converted model
         return mixers[:1]*n if args['share']=='layer' else mixers
     residual = args.pop('residual', False)
     cls = MIXER_CLASSES[to]
-    if not causal and is_two_sided(cls): return [cls(config.hidden_size, causal=False, **args) for _ in range(n)]
+    if not causal and is_two_sided(cls): args['causal'] = False
     def new_mixer(): return cls(config.hidden_size, **args)
-    return [new_mixer() if causal else Bidirectional(new_mixer, residual=residual) for _ in range(n)]
+    alone = causal or is_two_sided(cls)
+    return [new_mixer() if alone else Bidirectional(new_mixer, residual=residual) for _ in range(n)]
 
 # %% ../nbs/00e_models.ipynb #ce006d61
 _loading = ContextVar('cald_loading', default=False)

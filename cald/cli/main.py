@@ -160,6 +160,7 @@ def train(grid:str, # file that a notebook wrote for CALD_LAUNCH (see nbs/03c_qu
     from cald.lab.queue import train_as_helper
     train_as_helper(**read_json(grid))
 
+# %% ../../nbs/11f_main.ipynb #3cf07508
 def status(names:tuple=(), # results, or a group; default: every result
            out:str='', # folder of the results; default: paper_figures/
           ):

@@ -160,8 +160,7 @@ def train_missing(cells, fn, store, data, # hash of the data of a run, or a dict
                 missing = [runs[i] for i in todo if needed(runs[i])]
                 if is_main(): begin_run(r, store, bar, missing, stale(r), workers)
                 broadcast(None) # the others wait: files of an old run may be deleted
-                result = fn(r.cell, r)
-                finish_run(r, result)
+                finish_run(r, fn(r.cell, r))
                 if not broadcast(r.done): raise RuntimeError(f'{r.cell} has no result: `fn` must return one')
         finally:
             if is_main(): r.release()

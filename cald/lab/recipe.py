@@ -255,6 +255,7 @@ class FirstEstimate(TrainerCallback):
                      f'{format_minutes(self.seconds/60)} for {self.run.left} runs, as measured here; '
                      f'{memory}{3*weights/2**30:.2f} GiB a checkpoint')
 
+# %% ../../nbs/03f_recipe.ipynb #03cf00e6
 class LogPace(TrainerCallback):
     "Write the pace of `run` to the progress log every `minutes`"
     def __init__(self, run, minutes:float=10.):

@@ -11,6 +11,7 @@ import math
 
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from torch import nn,Tensor
 
 # %% ../../nbs/00db_linear_attention.ipynb #0db10004
@@ -42,6 +43,7 @@ def copy_output(m,     # a mixer with the projection `out_proj`
     m.out_proj.weight[:,columns] = weight.to(m.out_proj.weight)/share
     m.out_proj.bias.copy_(0*m.out_proj.bias if o is None else o.bias/share)
 
+# %% ../../nbs/00db_linear_attention.ipynb #0db2f001
 class HeadMixer(Recurrent):
     "Base of the mixers with query, key, value and output projections; ValueError if sizes do not divide"
     attention_starts = (('q_proj.weight', 'the queries'), ('q_proj.bias', 'the queries'),
@@ -72,18 +74,20 @@ class HeadMixer(Recurrent):
         "Arguments of a mixer that can start from an attention of this shape"
         return dict(headdim=size, d_inner=heads*size, bias=True)
 
-    @torch.no_grad()
-    def start_from(self, projections, # q, k, v, o of the attention: weight and bias; o may be None
-                   share:int=1):      # number of mixers whose outputs are added
-        "Copy the projections of an attention; ValueError if the shapes differ"
-        if self.q_proj.bias is None or projections.v.weight.shape!=self.v_proj.weight.shape:
-            raise ValueError("init='attention' needs the attention's shape: leave headdim, d_inner and bias "
-                             'to `convert`')
-        for name,linear in zip('qkv', projections):
-            ours = getattr(self, f'{name}_proj')
-            ours.weight.copy_(linear.weight)
-            ours.bias.copy_(linear.bias)
-        copy_output(self, projections.o, share)
+# %% ../../nbs/00db_linear_attention.ipynb #0db2f002
+@patch
+@torch.no_grad()
+def start_from(self:HeadMixer, projections, # q, k, v, o of the attention: weight and bias; o may be None
+               share:int=1):      # number of mixers whose outputs are added
+    "Copy the projections of an attention; ValueError if the shapes differ"
+    if self.q_proj.bias is None or projections.v.weight.shape!=self.v_proj.weight.shape:
+        raise ValueError("init='attention' needs the attention's shape: leave headdim, d_inner and bias "
+                         'to `convert`')
+    for name,linear in zip('qkv', projections):
+        ours = getattr(self, f'{name}_proj')
+        ours.weight.copy_(linear.weight)
+        ours.bias.copy_(linear.bias)
+    copy_output(self, projections.o, share)
 
 # %% ../../nbs/00db_linear_attention.ipynb #0db1000d
 FEATURES = ('hedgehog','elu')

@@ -119,26 +119,29 @@ class GatedDeltaNet(HeadMixer):
     def log_decay(self, x): # (batch, length, d_model) -> (batch, length, heads)
         return -upcast(self.A_log).exp()*F.softplus(upcast(self.alpha_proj(x))+upcast(self.dt_bias))
 
-    def mix(self, x, mask=None, state=None)->tuple: # as in `Recurrent.forward`
-        x = zero_pads(x, mask)
-        window,S = state or MixerState()
-        qkv = torch.cat([zero_pads(p(x), mask) for p in (self.q_proj,self.k_proj,self.v_proj)], -1)
-        qkv,window = conv_silu(qkv, self.conv1d.weight, None, window, None if state is None else mask)
-        q,k,v = (zero_pads(self.in_heads(t), mask) for t in qkv.chunk(3, -1))
-        q,k = (F.normalize(upcast(t), dim=-1, eps=1e-6) for t in (q,k))
-        beta = self.beta_proj(x).sigmoid()[...,None]
-        w = zero_pads(self.log_decay(x), mask)[...,None]
-        y,S = self.apply_rule(q, k, v*beta, w, -w.exp()*beta*k, k, S)
-        y = self.norm(y.to(x.dtype)).flatten(2)*F.silu(self.gate(x))
-        return zero_pads(self.out_proj(y), mask),MixerState(window, S)
+# %% ../../nbs/00dc_delta_rule.ipynb #0dc2f001
+@patch
+def mix(self:GatedDeltaNet, x, mask=None, state=None)->tuple: # as in `Recurrent.forward`
+    x = zero_pads(x, mask)
+    window,S = state or MixerState()
+    qkv = torch.cat([zero_pads(p(x), mask) for p in (self.q_proj,self.k_proj,self.v_proj)], -1)
+    qkv,window = conv_silu(qkv, self.conv1d.weight, None, window, None if state is None else mask)
+    q,k,v = (zero_pads(self.in_heads(t), mask) for t in qkv.chunk(3, -1))
+    q,k = (F.normalize(upcast(t), dim=-1, eps=1e-6) for t in (q,k))
+    beta = self.beta_proj(x).sigmoid()[...,None]
+    w = zero_pads(self.log_decay(x), mask)[...,None]
+    y,S = self.apply_rule(q, k, v*beta, w, -w.exp()*beta*k, k, S)
+    y = self.norm(y.to(x.dtype)).flatten(2)*F.silu(self.gate(x))
+    return zero_pads(self.out_proj(y), mask),MixerState(window, S)
 
-    @torch.no_grad()
-    def start_from(self, projections, share:int=1): # as in `HeadMixer`
-        super().start_from(projections, share)
-        self.conv1d.weight.zero_()
-        self.conv1d.weight[:,:,-1] = 1
-        self.gate.weight.zero_()
-        self.gate.bias.fill_(SILU_ONE)
+@patch
+@torch.no_grad()
+def start_from(self:GatedDeltaNet, projections, share:int=1): # as in `HeadMixer`
+    super(GatedDeltaNet, self).start_from(projections, share)
+    self.conv1d.weight.zero_()
+    self.conv1d.weight[:,:,-1] = 1
+    self.gate.weight.zero_()
+    self.gate.bias.fill_(SILU_ONE)
 
 # %% ../../nbs/00dc_delta_rule.ipynb #0dc10012
 SHIFT_POWERS = dict(r=.2, w=.9, k=.7, v=.7, a=.9, g=.2) # of the published start of the token shift

@@ -10,6 +10,7 @@ import math
 
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from torch import nn,Tensor
 
 # %% ../../nbs/00dd_s4d.ipynb #0dd10004
@@ -113,24 +114,27 @@ class S4D(Recurrent):
         log_a = A*upcast(self.log_dt).exp()[:,None]
         return log_a,torch.view_as_complex(upcast(self.C))*torch.expm1(log_a)/A
 
-    def mix(self, x, mask=None, state=None)->tuple: # as in `Recurrent.forward`
-        u = zero_pads(self.in_proj(zero_pads(x, mask)), mask)
-        h = None if state is None else state.ssm
-        args = (u, *self.state_space(), self.D, h)
-        if h is not None and x.shape[1]==1:
-            y,after = diagonal_ssm_recurrence(*args)
-            if mask is not None: after = torch.where(mask[...,None], after, h)
-        else: y,after = diagonal_ssm(*args, mask, last=state is not None)
-        return zero_pads(self.out_proj(F.gelu(y)), mask),MixerState(y.new_empty(len(x), 0), after)
+# %% ../../nbs/00dd_s4d.ipynb #0dd2f001
+@patch
+def mix(self:S4D, x, mask=None, state=None)->tuple: # as in `Recurrent.forward`
+    u = zero_pads(self.in_proj(zero_pads(x, mask)), mask)
+    h = None if state is None else state.ssm
+    args = (u, *self.state_space(), self.D, h)
+    if h is not None and x.shape[1]==1:
+        y,after = diagonal_ssm_recurrence(*args)
+        if mask is not None: after = torch.where(mask[...,None], after, h)
+    else: y,after = diagonal_ssm(*args, mask, last=state is not None)
+    return zero_pads(self.out_proj(F.gelu(y)), mask),MixerState(y.new_empty(len(x), 0), after)
 
-    @torch.no_grad()
-    def start_from(self, projections, # of the attention, as in `HeadMixer.start_from`
-                   share:int=1):      # number of mixers whose outputs are added
-        "Copy the values and the output of an attention; ValueError if the shapes differ"
-        value = projections.v
-        if self.in_proj.bias is None or value.weight.shape!=self.in_proj.weight.shape:
-            raise ValueError("init='attention' needs the attention's shape: leave d_inner and bias to "
-                             '`convert`')
-        self.in_proj.weight.copy_(value.weight)
-        self.in_proj.bias.copy_(value.bias)
-        copy_output(self, projections.o, share)
+@patch
+@torch.no_grad()
+def start_from(self:S4D, projections, # of the attention, as in `HeadMixer.start_from`
+               share:int=1):      # number of mixers whose outputs are added
+    "Copy the values and the output of an attention; ValueError if the shapes differ"
+    value = projections.v
+    if self.in_proj.bias is None or value.weight.shape!=self.in_proj.weight.shape:
+        raise ValueError("init='attention' needs the attention's shape: leave d_inner and bias to "
+                         '`convert`')
+    self.in_proj.weight.copy_(value.weight)
+    self.in_proj.bias.copy_(value.bias)
+    copy_output(self, projections.o, share)

@@ -130,6 +130,7 @@ def mix(self:SlidingWindow, x, mask=None, state=None)->tuple: # as in `Recurrent
     memory = torch.cat([first,last_inputs(extended, before, mask)], 1)
     return zero_pads(self.out_proj(y), mask),MixerState(memory, seen+tokens)
 
+# %% ../../nbs/00de_window.ipynb #0de2f001
 @patch
 def attend(self:SlidingWindow, x, kv, first, places, valid, seen, after):
     "Outputs of all heads before the output projection (batch, length, d_inner)"

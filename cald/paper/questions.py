@@ -155,7 +155,8 @@ def plot_gain(points, titles):
             place = dict(left_below if crowded(g, r) else right, textcoords='offset points')
             ax.plot(r.shift, r.mean, KIND_MARKERS[r.kind], color=colour, ms=8, label=r.kind)
             if r.n>1: ax.plot([r.shift]*2, [r.low,r.high], color=colour, lw=1.2, alpha=.6)
-            ax.annotate(titles[r.task], (r.shift,r.mean), **place).set_path_effects([withStroke(linewidth=3, foreground='w')])
+            halo = [withStroke(linewidth=3, foreground='w')]
+            ax.annotate(titles[r.task], (r.shift,r.mean), path_effects=halo, **place)
         ax.margins(x=.25)
         ax.axhline(0, color='.6', lw=.8)
         weights = 'source' if 'source' in base else 'fine-tuned'
