@@ -17,7 +17,7 @@ from fastcore.docments import docments
 
 # %% ../../nbs/11f_main.ipynb #029baffb
 def convert(model:str, # checkpoint: folder, hub id, or name of a shipped one
-            to:str='mamba2', # mixer: mamba2, mamba, linformer, linear_attention, gated_deltanet, rwkv7, window, ..
+            to:str='mamba2', # mixer: mamba2, mamba, linformer, gated_deltanet, rwkv7, window, ..
             init:str='attention', # how mixers start: attention, or fresh as in the paper
             layers:str='', # numbers of the layers to convert, such as 0,2,4; the others keep their attention
             set:list=(), # argument of the mixer, such as k=64; can be repeated
@@ -152,8 +152,7 @@ def reproduce(names:tuple=('all',), # results (see status), or a group: all, que
     from cald.paper.reproduce import show_reproduce
     show_reproduce(names, scale, seeds, publish, retrain, force, workers, dry_run, data)
 
-def train(grid:str, # file that a notebook wrote for CALD_LAUNCH (see nbs/03c_queue.ipynb)
-         ):
+def train(grid:str): # file that a notebook wrote for CALD_LAUNCH (see nbs/03c_queue.ipynb)
     "Train the missing runs of a grid; the processes of one launch train each model together"
     import cald.families # the classes that can be converted
     from cald.files import read_json

@@ -85,7 +85,7 @@ def begin_run(run, store, bar, todo, retrain, workers):
     text = f'{len(todo)} run{"s"*(len(todo)>1)} to do{left}: {run.cell}'
     bar.set_description(text)
     log_progress(store.root, text)
-    run.unknown = [r for r in todo if not similar_runs(r, done, LIKENESS[0])] # of kinds that none has measured
+    run.unknown = [r for r in todo if not similar_runs(r, done, LIKENESS[0])] # none has measured them
     run.known_seconds = estimate([r for r in todo if r not in run.unknown], done)
     run.left = len(todo)
     run.workers = workers
@@ -234,7 +234,8 @@ def train_together(launch:str, # starts processes, such as 'torchrun --nproc-per
     file = Path(folder)/'grid.json'
     write_json(file, work)
     command = [*shlex.split(launch), '-m', 'cald', 'train', str(file)]
-    with open(file.with_name('launch.log'), 'w') as log, subprocess.Popen(command, stdout=log, stderr=log) as p:
+    log = open(file.with_name('launch.log'), 'w')
+    with log, subprocess.Popen(command, stdout=log, stderr=log) as p:
         try: status = p.wait()
         finally: p.terminate() # after Ctrl-C: the processes finish their step and save it
     if status: raise RuntimeError(f'{launch} ended with status {status}: see {log.name}')

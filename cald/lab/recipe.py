@@ -197,7 +197,7 @@ def training_args(r:Recipe, task, folder, seed:int, lr:float, steps:int,
     return args
 
 def share_of_batch(batch:int, processes:int)->int:
-    "The samples of a micro-batch of `batch` that each of `processes` gets; ValueError if they do not divide it"
+    "Samples of a micro-batch of `batch` that each of `processes` gets; ValueError if they do not divide it"
     if batch%processes==0: return batch//processes
     raise ValueError(f'a batch of {batch} cannot be divided among {processes} processes: '
                      'start a number that divides it, or set another batch')
@@ -226,7 +226,7 @@ def save_model(model, folder, save=None): # save: a function that writes more fi
 
 # %% ../../nbs/03f_recipe.ipynb #03c0f1e5
 class FirstEstimate(TrainerCallback):
-    """Measure the steps of `run`. After ten of them and `after` seconds, report how long all runs take on this
+    """Time the steps of `run`. After ten of them and `after` seconds, report how long all runs take on this
     machine, unless a run of this kind is finished already"""
     def __init__(self, run, after:float=20.):
         self.run = run
