@@ -107,11 +107,13 @@ class MixerState(NamedTuple):
 
 class Recurrent(nn.Module):
     "A mixer that can read a sequence in pieces; subclasses define `mix`"
+    tokens_first = False # must pads come after the tokens of a sample, and not before them either?
+
     def forward(self, x:Tensor, # (batch, length, d_model)
                 mask:Tensor=None, # (batch, length), True at tokens
                 state:MixerState=None, # state before `x`; None if nothing comes before or after
                )->Tensor: # as `x`, zeros at pads; with `state`, a pair of this and the state after `x`
-        if state is None: reorder = has_gaps(mask)
+        if state is None: reorder = has_gaps(mask, self.tokens_first)
         else: reorder = mask is not None and x.shape[1]>1
         if reorder:
             order = tokens_first_order(mask)

@@ -141,9 +141,10 @@ def make_mixers(config, # of a converted model
         return mixers[:1]*n if args['share']=='layer' else mixers
     residual = args.pop('residual', False)
     cls = MIXER_CLASSES[to]
-    if not causal and is_two_sided(cls): args['causal'] = False
+    two_sided = is_two_sided(cls)
+    if two_sided: args['causal'] = causal
+    alone = causal or two_sided
     def new_mixer(): return cls(config.hidden_size, **args)
-    alone = causal or is_two_sided(cls)
     return [new_mixer() if alone else Bidirectional(new_mixer, residual=residual) for _ in range(n)]
 
 # %% ../nbs/00e_models.ipynb #ce006d61

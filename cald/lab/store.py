@@ -273,7 +273,8 @@ class Store:
     def behind(self, record)->Run:
         "The run behind a row of results; `record` is the row's column of that name"
         run = self.run(cell_of(record), record['data'])
-        source = run.sessions[-1].get('source') if run.sessions else None # as it was given
+        sessions = run.sessions
+        source = sessions[-1].get('source') if sessions else None # as it was given
         if source: run.cell = replace(run.cell, source=source)
         return run
 

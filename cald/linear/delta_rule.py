@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SHIFT_POWERS', 'delta_rule_recurrence', 'decayed_scores', 'before', 'next_rows', 'chunk_maps', 'delta_rule',
-           'GatedDeltaNet', 'low_rank', 'RWKV7']
+           'DeltaMixer', 'GatedDeltaNet', 'low_rank', 'RWKV7']
 
 # %% ../../nbs/00dc_delta_rule.ipynb #0dc10003
 import math
@@ -90,7 +90,14 @@ def delta_rule(q, k, v, w, a, b, state=None, # as in `delta_rule_recurrence`
     return y.transpose(2, 3).flatten(1, 2)[:,:v.shape[1]],S
 
 # %% ../../nbs/00dc_delta_rule.ipynb #0dc1000f
-class GatedDeltaNet(HeadMixer):
+class DeltaMixer(HeadMixer):
+    "Base of the mixers that apply the delta rule, in chunks of `chunk` positions"
+    def apply_rule(self, q, *args): # of `delta_rule_recurrence`
+        "The delta rule; a single position with a state takes one step"
+        if args[-1] is not None and q.shape[1]==1: return delta_rule_recurrence(q, *args)
+        return delta_rule(q, *args, chunk=self.chunk)
+
+class GatedDeltaNet(DeltaMixer):
     "The gated delta rule (Yang et al. 2024)"
     attention_starts = (*HeadMixer.attention_starts, ('conv1d.weight', '1 at the last position'),
                         ('gate.weight', '0'), ('gate.bias', 'an open gate'))
@@ -110,11 +117,6 @@ class GatedDeltaNet(HeadMixer):
         self.dt_bias = no_weight_decay(init_dt_bias(self.nheads))
         self.gate = nn.Linear(d_model, self.d_inner, bias=bias)
         self.norm = nn.RMSNorm(headdim, eps=1e-5)
-
-    def apply_rule(self, q, *args): # of `delta_rule_recurrence`
-        "The delta rule; a single position with a state takes one step"
-        if args[-1] is not None and q.shape[1]==1: return delta_rule_recurrence(q, *args)
-        return delta_rule(q, *args, chunk=self.chunk)
 
     def log_decay(self, x): # (batch, length, d_model) -> (batch, length, heads)
         return -upcast(self.A_log).exp()*F.softplus(upcast(self.alpha_proj(x))+upcast(self.dt_bias))
@@ -152,7 +154,7 @@ def low_rank(d_model:int, rank:int, d_out:int, activation=None, bias:bool=True)-
     nn.init.zeros_(inner.weight)
     return nn.Sequential(inner, activation or nn.Identity(), nn.Linear(rank, d_out, bias=bias))
 
-class RWKV7(GatedDeltaNet):
+class RWKV7(DeltaMixer):
     "RWKV-7's time mixing (Peng et al. 2025)"
     attention_starts = (*HeadMixer.attention_starts, ('shift', '0'), ('gate.2.weight', 'an open gate'))
     starts = (('shift', "RWKV-7's first layer"), ('decay.2.bias', "RWKV-7's first layer"),
@@ -161,7 +163,7 @@ class RWKV7(GatedDeltaNet):
     def __init__(self, d_model:int, headdim:int=64, d_inner:int=None, bias:bool=False, # as in `HeadMixer`
                  rank:int=32,   # of the projections of decay, rate and gate
                  chunk:int=16): # positions that are taken at a time
-        HeadMixer.__init__(self, d_model, headdim, d_inner, bias)
+        super().__init__(d_model, headdim, d_inner, bias)
         self.chunk = chunk
         d = self.d_inner
         place = torch.arange(d_model)/d_model

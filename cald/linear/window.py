@@ -14,7 +14,7 @@ from torch import Tensor
 # %% ../../nbs/00de_window.ipynb #0de10004
 from ..kernels.conv import last_inputs
 from .attention import HeadMixer,rotate
-from ..mixers import gather_rows,has_gaps,MixerState,tokens_first_order,zero_pads
+from ..mixers import MixerState,zero_pads
 from ..ops import upcast
 
 # %% ../../nbs/00de_window.ipynb #0de10007
@@ -74,7 +74,8 @@ def rotary_args(config, size:int)->dict: # of a model; channels of a head
 # %% ../../nbs/00de_window.ipynb #0de1000b
 class SlidingWindow(HeadMixer):
     "Softmax attention to a window and to the first tokens (Beltagy et al. 2020; Xiao et al. 2023)"
-    two_sided = True # in an encoder it reads both directions by itself
+    two_sided = True    # in an encoder it reads both directions by itself
+    tokens_first = True # the sinks are the first tokens
     def __init__(self, d_model:int, headdim:int=64, d_inner:int=None, bias:bool=False, # as in `HeadMixer`
                  window:int=64,     # positions that a query sees on each side, itself included
                  sinks:int=4,       # first tokens that every query sees
@@ -107,10 +108,6 @@ class SlidingWindow(HeadMixer):
 @patch
 def mix(self:SlidingWindow, x, mask=None, state=None)->tuple: # as in `Recurrent.forward`
     b,length = x.shape[:2]
-    if state is None and has_gaps(mask, before=True):
-        order = tokens_first_order(mask)
-        y,_ = self.mix(gather_rows(x, order), mask.gather(1, order))
-        return gather_rows(y, order.argsort(dim=1)),MixerState()
     x = zero_pads(x, mask)
     before = self.window-1
     after = 0 if self.causal else before
