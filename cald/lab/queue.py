@@ -37,9 +37,10 @@ def format_minutes(m)->str: # None if unknown
 
 # %% ../../nbs/03c_queue.ipynb #91f973b4
 def run_cost(run)->int:
-    "Steps of `run`, in those of a standard model: a teacher costs about as much as a student; at least 1"
+    """Steps of `run`, in those of a standard model: a teacher costs about as much as a student.
+    0 for a model that is only evaluated, 1 for a run without steps"""
     s = run.settings
-    if run.cell.mode=='standard': return s.get('steps') or 1
+    if run.cell.mode=='standard': return s.get('steps', 1)
     aligned = s.get('align', 0) if s.get('aligned') else 0
     return 2*((s.get('steps_student') or s.get('steps') or 1)+aligned)
 
@@ -48,14 +49,16 @@ def scaled_seconds(d, cost:int)->float:
     record = d.record
     seconds = record['seconds']
     step = record.get('step_seconds') # a run of before has none
-    if step is None: return seconds*cost/run_cost(d)
+    if step is None: return seconds*(cost or 1)/(run_cost(d) or 1)
     pace = step/(1 if d.cell.mode=='standard' else 2)
     return max(seconds+(cost-run_cost(d))*pace, cost*pace)
 
 LIKENESS = ('scale','task','mixer','mode'),('scale','task'),('scale',) # equal fields, the most similar first
 
 def similar_runs(run, done, fields)->list:
-    return [d for d in done if all(getattr(d.cell, f)==getattr(run.cell, f) for f in fields)]
+    "Runs of `done` with `run`'s `fields`; a model that was only evaluated says nothing of a training"
+    trained = [d for d in done if run_cost(d) or not run_cost(run)]
+    return [d for d in trained if all(getattr(d.cell, f)==getattr(run.cell, f) for f in fields)]
 
 def estimate(todo, done):
     "Seconds that the runs `todo` will take, by the `done` runs most similar to each; None if one has none"

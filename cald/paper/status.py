@@ -39,7 +39,6 @@ class Artefact:
     group:str='paper'       # 'paper', 'cka', 'questions', or 'more' (made by name only)
     packages:tuple=()       # whose versions decide the data
     free:tuple=()           # parameters that do not change it
-    after:tuple=()          # artefacts that are made first
     minutes:float=None      # of one seed at demo scale on two cores: a first guess
     gpu_hours:float=None    # of one seed at paper scale
 
@@ -63,17 +62,11 @@ ARTEFACTS = read_artefacts()
 GROUPS = dict(all=('paper','cka'), questions=('questions',), more=('more',))
 
 def select(names=('all',), artefacts=None)->list:
-    "The artefacts called `names` (or groups), each after those it needs; ValueError for an unknown name"
+    "The artefacts called `names` (or groups), in the order of the list; ValueError for an unknown name"
     known = {a.name: a for a in (ARTEFACTS if artefacts is None else artefacts)}
     for n in names: check_name(n, [*known, *GROUPS], 'table or figure')
     groups = {g for n in names for g in GROUPS.get(n, ())}
-    ordered = []
-    def add(artefact):
-        for needed in artefact.after: add(known[needed])
-        if artefact not in ordered: ordered.append(artefact)
-    for a in known.values():
-        if a.name in names or a.group in groups: add(a)
-    return ordered
+    return [a for a in known.values() if a.name in names or a.group in groups]
 
 # %% ../../nbs/09_status.ipynb #83d58c74
 @once_per_state
@@ -283,7 +276,7 @@ def accept(names, because:str, folder=None, artefacts=None, compare=compare_with
     "Stamp stale results again if `compare` finds no other numbers in this checkout; the names stamped"
     folder = Path(folder or out_folder())
     if not because.strip(): raise ValueError('give the reason, as in --because "other words in an error"')
-    named = [a for a in select(names, artefacts) if a.name in names or a.group in GROUPS.get(names[0], ())]
+    named = select(names, artefacts)
     stale = [a for a in named if result_state(a, folder)['state']=='stale']
     bases = {a.name: base_commit(acceptable(a, folder)) for a in stale}
     for commit in sorted(set(bases.values())):
