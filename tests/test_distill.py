@@ -44,7 +44,7 @@ def settings(folder, **kw):
         learning_rate=1e-2, warmup_steps=2, save_strategy='no', logging_steps=2, use_cpu=True, seed=1), **kw})
 
 def distiller(folder, guidance=None, model=None, data=None, seed=0, **kw):
-    own = {k: kw.pop(k) for k in list(kw) if k in ('snapshots','nonfinite','task_loss','task_sum','eval_dataset','callbacks','changed','save_minutes','lr_new','align')}
+    own = {k: kw.pop(k) for k in list(kw) if k in ('snapshots','nonfinite','task_loss','task_sum','eval_dataset','callbacks','changed','save_minutes','lr_new','align','batches')}
     return Distiller(model or speech(seed), settings(folder, **kw), utterances() if data is None else data, guidance, data_collator=collate,
                      progress='none', **own)
 

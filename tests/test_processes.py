@@ -20,6 +20,7 @@ from cald.lab.grid import scale_settings
 from cald.lab.queue import first_one_first
 from cald.lab.recipe import Recipe,share_of_batch
 from cald.lab.store import Store
+from cald.training.batches import BoundedBatches
 from cald.training.loop import content_hash
 from cald.losses import loss_preset
 from cald.resume import last_checkpoint
@@ -56,7 +57,18 @@ def pad_audio(rows):
                 attention_mask=torch.stack([(torch.arange(n)<len(r['input_values'])).long() for r in rows]),
                 labels=torch.stack([F.pad(r['labels'], (0, m-len(r['labels'])), value=-100) for r in rows]))
 
-KINDS = ['classes','tokens','characters','trajectory','tokens, trajectory']
+KINDS = ['classes','tokens','characters','trajectory','tokens, trajectory','bounded']
+
+class OfTwo(BoundedBatches):
+    "One process gets the parts of two"
+    def share(self, part, parts):
+        self.whole = parts==1
+        super().share(part, 2)
+    def __iter__(self):
+        if not self.whole: return super().__iter__()
+        shares = []
+        for self.part in (0,1): shares.append(list(super().__iter__()))
+        return (a+b for a,b in zip(*shares, strict=True))
 
 def make(kind, folder, size, steps=2, **kw):
     "A run of gradient descent, whose weights after each step are the sum of its gradients"
@@ -74,7 +86,8 @@ def make(kind, folder, size, steps=2, **kw):
     else: parts = pad,Target(roberta(1))
     model = speech(0, **QUIET) if task_sum else models[0] if tokens else roberta(0)
     data = utterances(16) if task_sum else sentences()
-    return Distiller(model, args, data, parts[1], data_collator=parts[0], task_sum=task_sum, progress='none')
+    batches = OfTwo([len(r['input_ids']) for r in data], size=4, limit=40) if kind=='bounded' else None
+    return Distiller(model, args, data, parts[1], data_collator=parts[0], task_sum=task_sum, progress='none', batches=batches)
 
 def summary(d):
     "What the run has logged, and its weights by name"

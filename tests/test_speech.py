@@ -297,6 +297,24 @@ def test_a_streamed_corpus_does_not_grow_with_its_hours(tmp_path):
         return found
     assert peak(60)<1.3*peak(6)
 
+def test_the_audio_of_a_batch_is_bounded(data, tmp_path, monkeypatch):
+    "In training, where more would fit into a batch by number, and in prediction, which stays the same"
+    home,source,corpora = data
+    part = corpora['asr'].part(TASKS['asr'], 'train')
+    limit = 2.5*max(part.seconds)
+    c = exp.grid(['asr'], ['standard'], [0], source, 'smoke', steps=4, batch=6, batch_seconds=limit)[0][1]
+    sizes = []
+    def collate(items, make=exp.collate):
+        seconds = max(item['samples'] for item in items)/16000
+        sizes.append((len(items), len(items)*seconds))
+        return make(items)
+    monkeypatch.setattr(exp, 'collate', collate)
+    monkeypatch.setattr(exp, 'record', 0) # no hidden states, which have a batch of their own
+    train(exp, Store(tmp_path), c, corpora['asr'])
+    assert max(n for n,_ in sizes)<6 and 1.5*max(part.seconds)<max(s for _,s in sizes)<=limit
+    model = exp.load(Store(tmp_path).run(c, corpora['asr'].hash).folder/'model')
+    assert predict_speech(model, part, seconds=limit)==predict_speech(model, part)
+
 def test_the_sampler_of_lengths_is_that_of_samples(data, tmp_path):
     "A data set that knows its lengths is grouped as one that transformers has to read"
     home,source,corpora = data

@@ -87,6 +87,7 @@ class Experiment:
     def chance(self, ds)->float: return chance_score(ds) # of a metric where higher is better
     def task_loss(self, model, labels): return None # None: the model's; `total=True`: a sum
     def trajectory(self, r)->dict: return {} # arguments of `Trajectory`
+    def batches(self, ds, r, seed): return None # `BoundedBatches` of the training data, if they are bounded
 
 # %% ../../nbs/03g_experiment.ipynb #41720860
 @patch
@@ -151,7 +152,7 @@ def make_trainer(self:Experiment, c, r:Recipe, run, model, guidance, sets:dict, 
         converted['align'] = r.alignment(target)
     trainer = TableDistiller(
         model, args, sets['train'], guidance, task_loss, task_sum=bool(total), snapshots=snapshots,
-        **converted, judge=self.judge, floor=r.floor if r.decay=='exponential' else None,
+        **converted, judge=self.judge, batches=self.batches(sets['train'], r, c.seed), floor=r.floor if r.decay=='exponential' else None,
         eval_dataset=sets['dev'],
         data_collator=self.collate, processing_class=self.processor, progress='none',
         save_minutes=self.save_minutes)

@@ -25,6 +25,7 @@ from ..tasks.corpora import make_corpus,read_data
 from ..tasks.finetuned import rows_for,save_processor,trained_task
 from ..tasks.speech import (collate_speech,load_trained,load_wav2vec2,predict_speech,speech_loss,
                                speech_scores,SPEECH_TASKS)
+from ..training.batches import BoundedBatches
 
 # %% ../../nbs/05_speech.ipynb #ae9d7b85
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class SpeechRecipe(Recipe):
     d_state:int=32         # state dimension of Mamba2
     headdim:int=32         # head dimension of Mamba2
     keep_frames:bool=True  # compute the front end once
+    batch_seconds:float=0. # of audio in a micro-batch, at most, its padding included; 0: no bound
 
 # %% ../../nbs/05_speech.ipynb #88d83adb
 _smoke = dict(steps=4, batch=4, lr=1e-3, lr_student=1e-3, alpha=1., evals=2, d_state=8, headdim=8, align=2)
@@ -49,10 +51,10 @@ _demo_tasks = dict(
     asr=dict(steps=3000, steps_student=200, lr=2e-3, until=40/90),
     intent=dict(steps=1500, steps_student=200, until=30/90),
     speaker=dict(steps=600, steps_student=300, until=50/90))
-_paper_tasks = dict(
-    asr=dict(batch=18, accumulate=4, alpha=15., alpha_output=1., until=40/90),
-    intent=dict(batch=36, accumulate=2, alpha=15., until=30/90),
-    speaker=dict(batch=18, accumulate=4, alpha=30., until=50/90))
+_paper_tasks = dict( # batches of 1.9, 2 and 2.25 million samples at most, as in the paper's code
+    asr=dict(batch=18, batch_seconds=118.75, accumulate=4, alpha=15., alpha_output=1., until=40/90),
+    intent=dict(batch=36, batch_seconds=125., accumulate=2, alpha=15., until=30/90),
+    speaker=dict(batch=18, batch_seconds=140.625, accumulate=4, alpha=30., until=50/90))
 
 for _task in SPEECH_TASKS:
     _recipes = dict(smoke=_smoke,
@@ -81,6 +83,8 @@ class Speech(Experiment):
     def task_loss(self, model, labels, **total): return speech_loss(model, labels, **total)
     def collate(self, items): return collate_speech(items)
     def judge(self, model, ds): return speech_scores(ds.labels, *predict_speech(model, ds))
+    def batches(self, ds, r, seed):
+        return BoundedBatches(ds.seconds, r.batch, r.batch_seconds, seed) if r.batch_seconds else None
 
     def source(self, c, r, labels):
         "The Wav2Vec2 of cell `c`, whose front end accepts frames as well as samples"

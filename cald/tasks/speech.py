@@ -25,6 +25,7 @@ from ..data.voices import SAMPLE_RATE
 from ..lab.experiment import Task
 from ..pretrained import find_source,label_fields,load_pretrained
 from .front_end import take_frames
+from ..training.batches import pack
 
 # %% ../../nbs/04k_speech_tasks.ipynb #b589d9a8
 CHARS = "|abcdefghijklmnopqrstuvwxyz'"
@@ -155,6 +156,11 @@ class SpeechDataset(torch.utils.data.Dataset):
         known = isinstance(self.frames, (list,tuple))
         return [len(f) for f in self.frames] if known else self.df.seconds.tolist()
 
+    @property
+    def seconds(self)->list:
+        known = 'seconds' in self.df
+        return (self.df.seconds if known else self.df.samples/SAMPLE_RATE).tolist()
+
     def __getitem__(self, i):
         x = torch.as_tensor(self.frames[i])
         samples = len(x) if x.dim()==1 else int(self.df.samples[i])
@@ -211,16 +217,18 @@ def read_out(labels, logits:Tensor, # (frames, characters) or (sum of sizes,)
     return tuple(int(p.argmax()) for p in labels.split(logits))
 
 @torch.no_grad()
-def predict_speech(model, ds, batch_size:int=32)->tuple: # predictions and truths: texts, or tuples of classes
+def predict_speech(model, ds,
+                   batch_size:int=32,   # utterances of a batch, at most
+                   seconds:float=320.   # of audio in a batch, at most, its padding included
+                  )->tuple: # predictions and truths: texts, or tuples of classes
     "Predict the utterances of `ds`, long ones together, in eval mode"
     ctc = isinstance(ds.labels, Characters)
     predictions = {}
-    order = np.argsort([-n for n in ds.lengths])
+    order = np.argsort([-n for n in ds.lengths]).tolist()
     was_training = model.training
     model.eval()
-    for i in range(0, len(ds), batch_size):
-        idx = order[i:i+batch_size]
-        batch = {k: v.to(model.device) for k,v in collate_speech([ds[int(j)] for j in idx]).items()}
+    for idx in pack(order, ds.seconds, batch_size, seconds):
+        batch = {k: v.to(model.device) for k,v in collate_speech([ds[j] for j in idx]).items()}
         inputs = {k: batch[k] for k in ('input_values','attention_mask')}
         logits = model(**inputs).logits.float()
         lengths = frame_lengths(model, batch)

@@ -16,6 +16,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import is_dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -41,6 +42,11 @@ def seed_all(seed:int):
 class SeededTrainer(Trainer):
     "`transformers.Trainer` whose order and random parts of the data depend on seed and epoch alone"
     shares_batches = True # False: every process of a launch is given all batches
+    def __init__(self, *args,
+                 batches=None, # `BoundedBatches` (00gb_batches) of the training data; None: as many samples in each
+                 **kwargs):
+        self.batches = batches
+        super().__init__(*args, **kwargs)
 
 # %% ../../nbs/00ga_loop.ipynb #3235f77c
 def _identity(batch): return batch
@@ -57,11 +63,16 @@ def get_train_dataloader(self:SeededTrainer):
         dataset = self._remove_unused_columns(dataset, description='training')
     else: collate = self._get_collator_with_removed_columns(collate, description='training')
     seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-    self._sampler = EpochSampler(self._get_train_sampler(dataset), seed)
-    names = ('drop_last','num_workers','pin_memory','persistent_workers','prefetch_factor')
+    names = ('num_workers','pin_memory','persistent_workers','prefetch_factor')
     options = {n: getattr(self.args, f'dataloader_{n}') for n in names}
-    loader = DataLoader(SeededBatches(dataset, collate, seed), self._train_batch_size, sampler=self._sampler,
-                        collate_fn=_identity, **options)
+    load = partial(DataLoader, SeededBatches(dataset, collate, seed), collate_fn=_identity, **options)
+    if self.batches is not None:
+        if self.shares_batches: self.batches.share(self.args.process_index, self.args.world_size)
+        self._sampler = self.batches
+        return load(batch_sampler=self.batches)
+    self._sampler = EpochSampler(self._get_train_sampler(dataset), seed)
+    loader = load(batch_size=self._train_batch_size, sampler=self._sampler,
+                  drop_last=self.args.dataloader_drop_last)
     return self.accelerator.prepare(loader) if self.shares_batches else loader
 
 @patch
@@ -226,12 +237,15 @@ def _decisive_entries(config:dict)->dict:
     return {k: _decisive_entries(v) if isinstance(v, dict) else v for k,v in kept.items()}
 
 def describe_training(args, # `TrainingArguments`
-                      config=None)->dict: # of the model
+                      config=None,  # of the model
+                      batches=None  # `BoundedBatches`
+                     )->dict:
     "The arguments and the entries of the model's configuration that determine a run"
     names = _decisive+(_for_best if args.load_best_model_at_end else [])
     if args.max_steps>0: names = [n for n in names if n!='num_train_epochs']
     model = _decisive_entries(config.to_dict() if config else {})
-    return {**{n: getattr(args, n, None) for n in names}, 'model': model}
+    bounds = None if batches is None else batches.describe()
+    return {**{n: getattr(args, n, None) for n in names}, 'batches': bounds, 'model': model}
 
 def check_description(folder, description:dict, changed:str):
     "Raise ValueError, or warn if `changed` says so, if the checkpoint in `folder` is of another run"

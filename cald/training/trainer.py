@@ -247,7 +247,7 @@ def _load_best_model(self:ResumableTrainer): self._load_from_checkpoint(self.sta
 @patch
 def description(self:ResumableTrainer)->dict:
     "Everything that determines the run"
-    return {**describe_training(self.args, getattr(self.model, 'config', None)),
+    return {**describe_training(self.args, getattr(self.model, 'config', None), self.batches),
             'data': describe_data(self.train_dataset), 'dev data': describe_data(self.eval_dataset)}
 
 # %% ../../nbs/02a_trainer.ipynb #d2565db0
