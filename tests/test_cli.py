@@ -1,9 +1,10 @@
 "The commands on checkpoints and data of a user: every kind of task, interruptions, mistakes"
-import inspect, json, re, shutil, subprocess, sys
+import inspect, json, os, re, shutil, subprocess, sys
 from pathlib import Path
 import numpy as np
 import pandas as pd
-import pytest, soundfile, torch
+import cald, pytest, soundfile, torch
+from safetensors.torch import load_file
 from transformers import (AutoModelForCausalLM,AutoTokenizer,BertConfig,BertModel,LlamaConfig,LlamaForCausalLM,pipeline,TrainerCallback,
                           Wav2Vec2Config,Wav2Vec2CTCTokenizer,Wav2Vec2FeatureExtractor,Wav2Vec2ForCTC,Wav2Vec2Processor)
 from cald.cli import training
@@ -14,7 +15,7 @@ from cald.cli.main import main,MODEL_COMMANDS,parse
 from cald.cli.speech_job import find_job
 from cald.cli.training import evaluate_folder,finetune_folder
 from cald.data.tables import DataError
-from cald.pretrained import shipped
+from cald.pretrained import find_source,shipped
 from common import data_folder
 
 quick = dict(steps=2, evals=1, progress='none')
@@ -160,6 +161,26 @@ def test_an_interrupted_training_is_resumed_under_another_name_of_its_checkpoint
     monkeypatch.setattr(training, 'DevLines', Seen)
     finetune_folder(str(tmp_path/'copy'), 'train.tsv', out='model', steps=4, evals=4)
     assert 0 not in seen and seen[-1]==3
+
+def test_two_processes_fine_tune_one_model(capsys, tmp_path):
+    "The result is that of one process, and one of them reports and writes; other commands run in one process"
+    shutil.copytree(find_source('roberta-demo'), 'source')
+    config = json.loads(Path('source/config.json').read_text())
+    Path('source/config.json').write_text(json.dumps(config|dict(hidden_dropout_prob=0., attention_probs_dropout_prob=0.)))
+    reviews()
+    def two(line):
+        launch = [sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node', '2', '-m', 'cald', *line.split()]
+        tree = Path(cald.__file__).parents[1]
+        return subprocess.run(launch, env={**os.environ, 'PYTHONPATH': str(tree), 'OMP_NUM_THREADS': '1'}, capture_output=True, text=True)
+    train = 'finetune source --data train.tsv --dev train.tsv --steps 4 --evals 2 --batch 4 --json --out'
+    done = two(f'{train} two')
+    assert done.returncode==0, done.stderr
+    assert json.loads(done.stdout)['folder']==str(tmp_path/'two') and not Path('two.training').exists()
+    assert run(f'{train} one', capsys)[0]==0
+    one,both = [load_file(f'{name}/model.safetensors') for name in ('one','two')]
+    for name,p in one.items(): torch.testing.assert_close(both[name], p, rtol=0, atol=1e-5, msg=name)
+    refused = two('info one')
+    assert refused.returncode and 'cald info runs in one process' in refused.stderr
 
 def test_mistakes_are_found_before_any_training(capsys):
     reviews()

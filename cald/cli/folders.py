@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['HISTORY', 'CARD', 'LOADING', 'INPUTS', 'read_history', 'absolute', 'new_record', 'card_code', 'short_name',
            'sentence_of', 'model_card', 'check_free', 'save_folder', 'convertible', 'load_source', 'copy_processor',
-           'default_out', 'convert_folder', 'describe']
+           'default_out', 'convert_folder', 'describe', 'result_text']
 
 # %% ../../nbs/11c_folders.ipynb #2e990dd4
 import os
@@ -216,3 +216,19 @@ def describe(folder)->dict:
         found |= dict(parameters=sum(sizes.values()), new=new)
     if files := weight_files(path): found['megabytes'] = round(sum(f.stat().st_size for f in files)/2**20, 1)
     return dict(found, history=read_history(path))
+
+# %% ../../nbs/11c_folders.ipynb #51ed610a
+def result_text(result:dict)->str:
+    "A result in lines of a name and a value; nested values are indented"
+    lines = []
+    for name,value in result.items():
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            lines.append(f'{name}:')
+            for row in value: lines.append('  '+', '.join(f'{k} {_value(v)}' for k,v in row.items()))
+        else: lines.append(f'{name}: {_value(value)}')
+    return '\n'.join(lines)
+
+def _value(v)->str:
+    if isinstance(v, dict): return ' '.join(f'{k}={_value(x)}' for k,x in v.items())
+    if isinstance(v, list): return ' '.join(map(_value, v))
+    return f'{v:.4g}' if isinstance(v, float) else f'{v:,}' if isinstance(v, int) else str(v)

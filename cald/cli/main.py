@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MODEL_COMMANDS', 'PAPER_COMMANDS', 'EXAMPLES', 'convert', 'parse_numbers', 'parse_settings', 'align', 'needed',
            'finetune', 'evaluate', 'info', 'bench', 'reproduce', 'train', 'status', 'accept', 'compare', 'Parser',
-           'add_option', 'make_parser', 'parse', 'result_text', 'run', 'main']
+           'add_option', 'make_parser', 'parse', 'run', 'main']
 
 # %% ../../nbs/11f_main.ipynb #436762bd
 import argparse,inspect,os,re,sys
@@ -251,33 +251,22 @@ def parse(argv:list)->dict: # the command's name as `command`, and its options
     return vars(found)
 
 # %% ../../nbs/11f_main.ipynb #8927b930
-def result_text(result:dict)->str:
-    "A result in lines of a name and a value; nested values are indented"
-    lines = []
-    for name,value in result.items():
-        if isinstance(value, list) and value and isinstance(value[0], dict):
-            lines.append(f'{name}:')
-            for row in value: lines.append('  '+', '.join(f'{k} {_value(v)}' for k,v in row.items()))
-        else: lines.append(f'{name}: {_value(value)}')
-    return '\n'.join(lines)
-
-def _value(v)->str:
-    if isinstance(v, dict): return ' '.join(f'{k}={_value(x)}' for k,x in v.items())
-    if isinstance(v, list): return ' '.join(map(_value, v))
-    return f'{v:.4g}' if isinstance(v, float) else f'{v:,}' if isinstance(v, int) else str(v)
-
 def run(command:str, json:bool=False, **options):
     "Run a command of `MODEL_COMMANDS` or `PAPER_COMMANDS` and print its result"
     if command in PAPER_COMMANDS: return PAPER_COMMANDS[command](**options)
+    if int(os.environ.get('WORLD_SIZE', 1))>1 and command!='finetune':
+        raise ValueError(f'cald {command} runs in one process: start it without torchrun or accelerate')
     import cald.families # not above: it loads torch
     from transformers.utils import logging as hf_logging
+    from cald.cli.folders import result_text
     from cald.files import to_plain
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
     fn = MODEL_COMMANDS[command]
     if 'progress' in inspect.signature(fn).parameters: options['progress'] = 'none' if json else 'line'
     with redirect_stdout(sys.stderr) if json else nullcontext(): result = fn(**options)
-    if command=='bench' and not json: return # its lines are printed already
+    printed = command=='bench' and not json # line by line
+    if printed or int(os.environ.get('RANK', 0)): return
     print(dumps(to_plain(result)) if json else result_text(result))
 
 # %% ../../nbs/11f_main.ipynb #ec273873

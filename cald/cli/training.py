@@ -25,14 +25,21 @@ from .speech_job import find_job
 from ..distill import find_snapshots,seed_all
 from ..files import check_name,hash_files,read_json,write_atomic,write_json
 from ..lab.recipe import guidance_for,MODES,Recipe,TableDistiller,to_accelerator,training_args
-from ..lab.store import source_key
+from ..lab.queue import wait_for_all
+from ..lab.store import is_main,source_key
 import cald.models as models
 
 # %% ../../nbs/11d_training.ipynb #76493987
 @contextmanager
 def training_folder(out:Path, settings:dict):
-    "The folder of the training for `out`; ValueError if it holds another one, RuntimeError if it is in use"
+    """The folder of the training for `out`; ValueError if it holds another one, RuntimeError if it is in use.
+    Of several processes of one launch the first one holds it"""
     folder = out.with_name(f'{out.name}.training')
+    if not is_main():
+        wait_for_all()
+        yield folder
+        wait_for_all()
+        return
     folder.mkdir(parents=True, exist_ok=True)
     file = folder/'settings.json'
     try: held = FileLock(folder/'lock').acquire(timeout=0)
@@ -48,7 +55,9 @@ def training_folder(out:Path, settings:dict):
         if not begun: # there may be snapshots of a run that was killed early
             shutil.rmtree(folder/'train', ignore_errors=True)
         write_json(file, settings)
+        wait_for_all()
         yield folder
+        wait_for_all() # another process may still read a checkpoint
         shutil.rmtree(folder)
 
 # %% ../../nbs/11d_training.ipynb #124204a5
@@ -110,7 +119,7 @@ class DevLines(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         scores = {k.removeprefix('eval_'): v for k,v in logs.items() if k.startswith('eval_')}
         text = ' '.join(f'{k} {v:.4g}' for k,v in scores.items())
-        if text: print(f'step {state.global_step}/{state.max_steps} dev: {text}', flush=True)
+        if text and is_main(): print(f'step {state.global_step}/{state.max_steps} dev: {text}', flush=True)
 
 @dataclass(frozen=True)
 class FineTuning:
@@ -221,7 +230,7 @@ def finetune_folder(model:str, data:str, dev:str='', out:str='', task:str='', le
             for _,snapshot in find_snapshots(folder/'train'):
                 shutil.copytree(snapshot, tmp/'snapshots'/snapshot.name)
         history = [*read_history(checked_source(model)), record]
-        save_folder(out, trainer.model, save, history, job.kind.name, force)
+        if is_main(): save_folder(out, trainer.model, save, history, job.kind.name, force)
     return dict(folder=str(out), **scores)
 
 # %% ../../nbs/11d_training.ipynb #2db021e5
