@@ -9,6 +9,7 @@ __all__ = ['pack', 'BoundedBatches']
 import math
 
 import torch
+from fastcore.basics import patch
 from ..resume import seeded_rng
 
 # %% ../../nbs/00gb_batches.ipynb #0ab00002
@@ -56,20 +57,23 @@ class BoundedBatches:
     def describe(self)->dict: return dict(size=self.size, limit=self.limit, bucket=self.bucket)
     def __len__(self): return self.number
 
-    def _packed(self, epoch:int)->list:
-        "The batches of `epoch` in random order"
-        with seeded_rng('order', self.seed, epoch):
-            order = torch.randperm(len(self.lengths)).tolist()
-            buckets = [order[i:i+self.bucket] for i in range(0, len(order), self.bucket)]
-            in_order = [i for b in buckets for i in sorted(b, key=self.lengths.__getitem__)]
-            batches = pack(in_order, self.lengths, self.size, self.limit, self.parts)
-            return [batches[i] for i in torch.randperm(len(batches)).tolist()]
+# %% ../../nbs/00gb_batches.ipynb #0ab00007
+@patch
+def _packed(self:BoundedBatches, epoch:int)->list:
+    "The batches of `epoch` in random order"
+    with seeded_rng('order', self.seed, epoch):
+        order = torch.randperm(len(self.lengths)).tolist()
+        buckets = [order[i:i+self.bucket] for i in range(0, len(order), self.bucket)]
+        in_order = [i for b in buckets for i in sorted(b, key=self.lengths.__getitem__)]
+        batches = pack(in_order, self.lengths, self.size, self.limit, self.parts)
+        return [batches[i] for i in torch.randperm(len(batches)).tolist()]
 
-    def __iter__(self):
-        batches = self._packed(self.epoch)[:self.number]
-        while len(batches)<self.number:
-            largest = max(batches, key=len)
-            half = len(largest)//self.parts//2*self.parts
-            batches.append(largest[half:])
-            del largest[half:]
-        for batch in batches: yield [(self.epoch, i) for i in batch[self.part::self.parts]]
+@patch
+def __iter__(self:BoundedBatches):
+    batches = self._packed(self.epoch)[:self.number]
+    while len(batches)<self.number:
+        largest = max(batches, key=len)
+        half = len(largest)//self.parts//2*self.parts
+        batches.append(largest[half:])
+        del largest[half:]
+    for batch in batches: yield [(self.epoch, i) for i in batch[self.part::self.parts]]
