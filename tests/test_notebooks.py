@@ -2,7 +2,7 @@
 import json, os, re, subprocess, sys
 from dataclasses import replace
 from pathlib import Path
-import pandas as pd, papermill as pm, pytest
+import numpy as np, pandas as pd, papermill as pm, pytest, soundfile as sf
 from cald.paper import status
 from cald.paper.status import ARTEFACTS,module_hash
 from cald.cli.main import main
@@ -40,8 +40,13 @@ def test_speech_writes_tables_figures_and_provenance_and_trains_once(store, monk
     assert {p.name for p in out.iterdir()}=={f'table3{n}.{e}' for n,es in {'':('csv','md','json'), '_modes':('csv','png','pdf','json'), '_curves':('csv','png','pdf','json')}.items() for e in es}
     trained = results(store)
     assert len(trained)==2
-    card = next((store/'runs').glob('*hybrid*/model/README.md')).read_text()
+    file = next((store/'runs').glob('*hybrid*/model/README.md'))
+    card = file.read_text()
     assert 'mean nothing' in card and json.loads(next(f for f in trained if 'hybrid' in f.parent.name).read_text())['key'][:12] in card
+    sf.write(store/'AUDIO.wav', np.random.default_rng(0).normal(0, .1, 16000), 16000)
+    code = re.search('```python\n(.*?)```', card, re.S)[1].replace('FOLDER', str(file.parent))
+    used = subprocess.run([sys.executable, '-c', code], cwd=store, capture_output=True, text=True)
+    assert used.returncode==0 and "{'text': " in used.stdout, used.stderr
     assert 'Nothing to do' in cald('reproduce', 'table3', '--scale', 'smoke') and results(store)==trained
     speech(store, random=True)
     after = results(store)

@@ -17,6 +17,8 @@ from ..files import write_atomic
 from ..lab.results import compare_with_committed,mean_ci,paper_numbers,to_markdown
 from ..lab.store import out_folder,Store
 from .status import ARTEFACTS,data_file
+from ..pretrained import card_code,task_of
+from transformers import AutoConfig
 
 # %% ../../nbs/09a_compare.ipynb #6cd39840
 LOWER_IS_BETTER = ('WER','CER','perplexity','bits per byte')
@@ -108,9 +110,11 @@ def card(run)->str:
         return to_markdown(pd.DataFrame(rows, columns=names))
     commit = (session['commit'] or 'unknown')[:8]
     if session['dirty']: commit += ' and changes'
+    model = run.folder/'model'
+    task = task_of(AutoConfig.from_pretrained(model)) if (model/'config.json').exists() else ''
     return data_file('card.md').format(
         source=Path(session.get('source', c.source)).name, mixer=c.mixer,
-        mode=c.mode, task=c.task, scale=c.scale, seed=c.seed,
+        mode=c.mode, task=c.task, scale=c.scale, seed=c.seed, code=card_code(task),
         results=table(record['result'], 'metric', 'value'), settings=table(run.settings, 'setting', 'value'),
         seconds=record['seconds'], memory=round(record['peak_memory_mb'] or 0) or 'unknown',
         device=session['device'], key=run.key[:12], data=run.data[:12], commit=commit,
