@@ -314,6 +314,10 @@ def cache(monkeypatch, tmp_path):
     monkeypatch.setenv('CALD_CACHE', str(tmp_path/'cache'))
     return tmp_path/'cache'/'scan'
 
+def built_files():
+    "The library and its hash"
+    return {scan.built_file(),scan.built_file().with_suffix('.sha256')}
+
 def test_where_it_is_kept(monkeypatch, tmp_path):
     for k in ('CALD_CACHE','XDG_CACHE_HOME'): monkeypatch.delenv(k, raising=False)
     monkeypatch.setenv('HOME', str(tmp_path))
@@ -335,17 +339,49 @@ def test_where_it_is_kept(monkeypatch, tmp_path):
 @needs_cpp
 def test_built_once_and_found_again(cache, monkeypatch, capsys):
     assert new_library()[0] is not None and 'building the selective scan' in capsys.readouterr().err
-    assert [f.name for f in cache.iterdir()]==[scan.built_file().name]
+    assert set(cache.iterdir())==built_files()
     monkeypatch.setenv('CXX', '/nonexistent/c++')
     assert new_library()[0] is not None and not capsys.readouterr().err
 
 @needs_cpp
-@pytest.mark.parametrize('damage', (b'', b'no library', None))
-def test_a_damaged_library_is_built_again(cache, damage):
+@pytest.mark.parametrize('damage', (b'', b'no library', b'\x7fELF'+bytes(60), 'cut', 'of another user', 'that anybody can write', 'without its hash'))
+def test_a_library_that_this_user_did_not_build_is_not_loaded(cache, damage):
+    "A process that loads half of one would be killed"
     file = scan.built_file()
-    file.parent.mkdir(parents=True)
-    file.write_bytes(damage if damage is not None else b'\x7fELF'+bytes(60))
-    assert new_library()[0] is not None and file.stat().st_size>1000
+    scan.build(file) # and is not loaded here: it will be changed in place
+    whole = file.read_bytes()
+    planted = whole+b'planted'
+    if isinstance(damage, bytes): planted = damage
+    elif damage=='cut': planted = whole[:len(whole)//2]
+    elif damage=='of another user':
+        if os.geteuid(): pytest.skip('only root can give a file away')
+        planted = whole
+        os.chown(file, 12345, -1)
+    elif damage=='that anybody can write':
+        planted = whole
+        file.chmod(0o777)
+    else: file.with_suffix('.sha256').unlink()
+    inode = file.stat().st_ino
+    file.write_bytes(planted)
+    p = start(ALONE)
+    out,err = p.communicate(timeout=300)
+    assert p.returncode==0 and out.split()==['cpp'] and 'building the selective scan' in err, err
+    s = file.stat()
+    assert s.st_ino!=inode and s.st_uid==os.geteuid() and not s.st_mode&0o022 and file.read_bytes()==whole
+
+@needs_cpp
+@pytest.mark.skipif(not hasattr(os, 'geteuid') or os.geteuid()!=0, reason='only root can give a folder away')
+def test_no_library_is_loaded_from_a_folder_of_another_user(cache):
+    scan.build(scan.built_file())
+    os.chown(cache, 12345, -1)
+    lib,reason = new_library()
+    assert lib is None and 'another user can write' in reason and 'CALD_CACHE' in reason
+
+@needs_cpp
+def test_others_lose_the_right_to_write_to_our_folder(cache):
+    scan.build(scan.built_file())
+    cache.chmod(0o777)
+    assert new_library()[0] is not None and not cache.stat().st_mode&0o022
 
 @needs_cpp
 @pytest.mark.parametrize('refused', ('-fopenmp', '-march=native', 'libgomp'))
@@ -440,10 +476,10 @@ def test_a_killed_build_blocks_nobody(cache, tmp_path):
     p.communicate(timeout=60)
     left = list(cache.iterdir())
     assert len(left)==1 and left[0].name.startswith('build-')
-    assert new_library()[0] is not None and set(cache.iterdir())=={left[0],scan.built_file()}
+    assert new_library()[0] is not None and set(cache.iterdir())=={left[0],*built_files()}
     os.utime(left[0], (0,0))                  # a day later, the next build clears it away
     scan.build(scan.built_file())
-    assert list(cache.iterdir())==[scan.built_file()]
+    assert set(cache.iterdir())==built_files()
 
 @needs_cpp
 def test_several_processes_at_once(cache):
@@ -451,4 +487,4 @@ def test_several_processes_at_once(cache):
     for p in ps:
         out,err = p.communicate(timeout=300)
         assert p.returncode==0 and out.split()==['cpp'], err
-    assert list(cache.iterdir())==[scan.built_file()]
+    assert set(cache.iterdir())==built_files()
