@@ -87,8 +87,7 @@ def compiler()->list:
     "The command in `CXX`, else the first C++ compiler found; OSError if there is no such program"
     found = shlex.split(os.environ.get('CXX', ''))
     found = found or [c for c in ('c++','g++','clang++') if shutil.which(c)][:1]
-    if not found:
-        raise OSError('no C++ compiler was found (c++, g++ or clang++): install one or set CXX')
+    if not found: raise OSError('no C++ compiler was found (c++, g++ or clang++): install one or set CXX')
     if not shutil.which(found[0]):
         raise OSError(f'CXX names {found[0]}, which is not a program: set CXX to a C++ compiler')
     return found
@@ -107,6 +106,7 @@ def compile_source(cxx:list, folder, limit:float): # compiler, folder with scan.
         errors += lines[:1] or [f'{cxx[0]} ended with {run.returncode}']
     raise RuntimeError(f'the build failed: {errors[0]}')
 
+# %% ../../nbs/00b_ops_cpp.ipynb #d1b3f48a
 def build(path:Path, limit:float=300., # seconds that one run of the compiler may take
           source:str=None, what:str='selective scan'):
     "Compile `source` to `path`; OSError, RuntimeError or subprocess.TimeoutExpired if that fails"

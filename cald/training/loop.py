@@ -43,7 +43,7 @@ class SeededTrainer(Trainer):
     "`transformers.Trainer` whose order and random parts of the data depend on seed and epoch alone"
     shares_batches = True # False: every process of a launch is given all batches
     def __init__(self, *args,
-                 batches=None, # `BoundedBatches` (00gb_batches) of the training data; None: as many samples in each
+                 batches=None, # `BoundedBatches` (00gb_batches); None: as many samples in each
                  **kwargs):
         self.batches = batches
         super().__init__(*args, **kwargs)
