@@ -34,7 +34,7 @@ def run_notebook(tree, name, work):
                    stderr=subprocess.DEVNULL)
 
 def read_run(folder, work):
-    "The cell of a run, and its numbers: result, log, and hashes of its weights"
+    "The cell of a run, its settings, and its numbers: result, log, and hashes of its weights"
     config = json.loads((folder/'config.json').read_text().replace(str(work), ''))
     session = json.loads((folder/'sessions.jsonl').read_text().splitlines()[-1])
     if 'source' in session: config['cell']['source'] = session['source'].replace(str(work), '') # not its hash
@@ -44,7 +44,7 @@ def read_run(folder, work):
     files = sorted((folder/'model').glob('*.safetensors'))
     weights = [hashlib.sha256(f.read_bytes()).hexdigest() for f in files]
     logged = [without_times(json.loads(l)) for l in lines]
-    return json.dumps([config['cell'], config['settings']], sort_keys=True), (result, logged, weights)
+    return config['cell'],config['settings'],(result, logged, weights)
 
 def read_table(path):
     "The rows of a CSV without measured times; of the summary of times only what they are measured of"
@@ -52,13 +52,24 @@ def read_table(path):
     if path.stem=='efficiency': rows = [{k: r[k] for k in ('family','mode','metric')} for r in rows]
     return rows
 
-def numbers(tree:Path, work:Path, notebooks)->dict:
-    "Every run and table that `notebooks` of checkout `tree` make at scale smoke: name -> numbers"
+def numbers(tree:Path, work:Path, notebooks)->tuple: # of the runs, of the tables
+    "Every run and table that `notebooks` of checkout `tree` make at scale smoke"
     work.mkdir()
     for name in notebooks: run_notebook(tree, name, work)
-    runs = dict(read_run(f.parent, work) for f in (work/'runs').glob('*/result.json'))
-    tables = {f'{f.parent.name}/{f.name}': read_table(f) for f in (work/'out').rglob('*.csv')}
-    return {**runs, **tables}
+    runs = [read_run(f.parent, work) for f in (work/'runs').glob('*/result.json')]
+    return runs,{f'{f.parent.name}/{f.name}': read_table(f) for f in (work/'out').rglob('*.csv')}
+
+def by_name(old, new)->list: # of dicts from name to numbers
+    """The runs of both checkouts by their cell and the settings that both know. One that a commit adds has its default
+    in every run of these notebooks"""
+    known = [set().union(*(settings for _,settings,_ in runs)) for runs,_ in (old,new)]
+    found = []
+    for runs,tables in (old,new):
+        names = [json.dumps([c, {k: v for k,v in s.items() if k in known[0]&known[1]}], sort_keys=True) for c,s,_ in runs]
+        if len(set(names))<len(names): sys.exit('two runs differ only in settings that one checkout does not know')
+        found.append({**dict(zip(names, (n for *_,n in runs))), **tables})
+    if known[0]^known[1]: print('settings of one checkout only:', *sorted(known[0]^known[1]))
+    return found
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -68,6 +79,7 @@ def main():
     o = p.parse_args()
     with tempfile.TemporaryDirectory() as work:
         old,new = (numbers(t.resolve(), Path(work)/n, o.notebooks) for t,n in ((o.old,'old'), (o.new,'new')))
+    old,new = by_name(old, new)
     names = old.keys()|new.keys()
     differ = [n for n in names if old.get(n)!=new.get(n)]
     print(f'{len(names)} runs and tables, {len(differ)} of them differ', *sorted(differ), sep='\n  ')

@@ -152,8 +152,8 @@ def make_trainer(self:Experiment, c, r:Recipe, run, model, guidance, sets:dict, 
         converted['align'] = r.alignment(target)
     trainer = TableDistiller(
         model, args, sets['train'], guidance, task_loss, task_sum=bool(total), snapshots=snapshots,
-        **converted, judge=self.judge, floor=r.floor if r.decay=='exponential' else None,
-        batches=self.batches(sets['train'], r, c.seed),
+        **converted, judge=self.judge, batches=self.batches(sets['train'], r, c.seed),
+        floor=r.floor if r.decay=='exponential' else None,
         eval_dataset=sets['dev'],
         data_collator=self.collate, processing_class=self.processor, progress='none',
         save_minutes=self.save_minutes)
