@@ -147,12 +147,13 @@ def run(self:Alignment, student, data, collate,
         resume:bool=False, # from `folder`
         progress=None,     # as in `ResumableTrainer`, as well as `changed`
         changed='raise',
+        batches=None,      # `BoundedBatches` of the data; None: as many samples in each
         **kwargs)->pd.DataFrame: # columns before, calibrated, after; `kwargs` are of `TrainingArguments`
     "Align `student` and return the relative error of each layer; a layer that got worse stays calibrated"
     folder = Path(folder)
     args = self.training_args(folder, **kwargs)
     trainer = Aligner(student, args, data, self.teacher, data_collator=collate, progress=progress,
-                      changed=changed)
+                      changed=changed, batches=batches)
     description = as_read({**trainer.description(), **self.settings()})
     if resume and (folder/'aligned.json').exists():
         check_description(folder, description, changed)

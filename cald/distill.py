@@ -297,4 +297,4 @@ def _align(self:Distiller, resume:bool):
     options['per_device_train_batch_size'] *= self.args.world_size # each process aligns with the whole batch
     folder = Path(self.args.output_dir)/'align'
     self.alignment_errors = self.align.run(self.model, self.train_dataset, self.data_collator, folder, resume,
-                                           self.progress, self.changed, **options)
+                                           self.progress, self.changed, self.batches, **options)

@@ -9,6 +9,7 @@ __all__ = ['STARTED', 'Task', 'Experiment']
 import os
 from dataclasses import dataclass,replace
 from functools import partial
+from itertools import islice
 
 import pandas as pd
 import torch
@@ -112,6 +113,12 @@ def even_batches(self:Experiment, ds, n:int, size:int)->list:
     return [self.collate(items[i:i+size]) for i in range(0, len(items), size)]
 
 @patch
+def batches_to_choose_by(self:Experiment, ds, r:Recipe, seed:int)->list:
+    "Sixteen batches of training data, bounded as in training, to choose the kept layers by"
+    if not (bounded := self.batches(ds, r, seed)): return self.even_batches(ds, 16*r.batch, r.batch)
+    return [self.collate([ds[i] for _,i in batch]) for batch in islice(bounded, 16)]
+
+@patch
 def ready(self:Experiment, c, r:Recipe, labels,
           standard=None, # folder of the standard run
           batches=()     # of the training data, to choose the layers by
@@ -153,10 +160,9 @@ def make_trainer(self:Experiment, c, r:Recipe, run, model, guidance, sets:dict, 
     trainer = TableDistiller(
         model, args, sets['train'], guidance, task_loss, task_sum=bool(total), snapshots=snapshots,
         **converted, judge=self.judge, batches=self.batches(sets['train'], r, c.seed),
-        floor=r.floor if r.decay=='exponential' else None,
-        eval_dataset=sets['dev'],
-        data_collator=self.collate, processing_class=self.processor, progress='none',
-        save_minutes=self.save_minutes)
+        floor=r.floor if r.decay=='exponential' else None, eval_dataset=sets['dev'],
+        data_collator=self.collate, processing_class=self.processor,
+        progress='none', save_minutes=self.save_minutes)
     for callback in (LogTo(run), FirstEstimate(run), LogPace(run)): trainer.add_callback(callback)
     if self.record:
         probe = self.collate(evenly_spaced(sets['dev'], self.record))
@@ -173,7 +179,7 @@ def train_cell(self:Experiment, c, run, data, store)->dict:
     labels = self.labels(data, task)
     sets = {split: self.part(data, task, split) for split in ('train','dev','test')}
     if r.train_share<1: sets['train'] = draw_share(sets['train'], r.train_share, c.seed)
-    batches = self.even_batches(sets['train'], 16*r.batch, r.batch) if r.keep else ()
+    batches = self.batches_to_choose_by(sets['train'], r, c.seed) if r.keep else ()
     model,guidance = self.ready(c, r, labels, standard and standard.folder, batches)
     result = {}
     if r.of(c.mode)[1]:

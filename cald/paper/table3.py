@@ -23,8 +23,8 @@ from ..files import check_name,digest
 from ..pretrained import find_source,source_folder
 from ..tasks.corpora import make_corpus,read_data
 from ..tasks.finetuned import rows_for,save_processor,trained_task
-from ..tasks.speech import (collate_speech,load_trained,load_wav2vec2,predict_speech,speech_loss,
-                               speech_scores,SPEECH_TASKS)
+from ..tasks.speech import (collate_speech,load_trained,load_wav2vec2,predict_speech,seconds_of,
+                               speech_loss,speech_scores,SPEECH_TASKS)
 from ..training.batches import BoundedBatches
 
 # %% ../../nbs/05_speech.ipynb #ae9d7b85
@@ -84,7 +84,8 @@ class Speech(Experiment):
     def collate(self, items): return collate_speech(items)
     def judge(self, model, ds): return speech_scores(ds.labels, *predict_speech(model, ds))
     def batches(self, ds, r, seed):
-        return BoundedBatches(ds.seconds, r.batch, r.batch_seconds, seed) if r.batch_seconds else None
+        if not r.batch_seconds: return None
+        return BoundedBatches(seconds_of(ds), r.batch, r.batch_seconds, seed)
 
     def source(self, c, r, labels):
         "The Wav2Vec2 of cell `c`, whose front end accepts frames as well as samples"

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CHARS', 'SPEECH_TASKS', 'PAPER_DATA', 'HEADLESS', 'Characters', 'Heads', 'whole_intents', 'SpeechTask', 'label_items',
-           'SpeechDataset', 'collate_speech', 'frame_lengths', 'speech_loss', 'speech_scores', 'read_out',
+           'SpeechDataset', 'seconds_of', 'collate_speech', 'frame_lengths', 'speech_loss', 'speech_scores', 'read_out',
            'predict_speech', 'load_wav2vec2', 'load_trained']
 
 # %% ../../nbs/04k_speech_tasks.ipynb #42184bad
@@ -156,15 +156,18 @@ class SpeechDataset(torch.utils.data.Dataset):
         known = isinstance(self.frames, (list,tuple))
         return [len(f) for f in self.frames] if known else self.df.seconds.tolist()
 
-    @property
-    def seconds(self)->list:
-        known = 'seconds' in self.df
-        return (self.df.seconds if known else self.df.samples/SAMPLE_RATE).tolist()
-
     def __getitem__(self, i):
         x = torch.as_tensor(self.frames[i])
         samples = len(x) if x.dim()==1 else int(self.df.samples[i])
         return dict(input_values=x, samples=samples, labels=self.ys[i], num_items=self.items[i])
+
+def seconds_of(ds)->list: # a `SpeechDataset`, or a `Subset` of one
+    "The seconds of each utterance"
+    if isinstance(ds, torch.utils.data.Subset):
+        seconds = seconds_of(ds.dataset)
+        return [seconds[i] for i in ds.indices]
+    known = 'seconds' in ds.df
+    return (ds.df.seconds if known else ds.df.samples/SAMPLE_RATE).tolist()
 
 # %% ../../nbs/04k_speech_tasks.ipynb #04a00006
 def collate_speech(items, least:int=SAMPLE_RATE//2 # samples
@@ -227,7 +230,7 @@ def predict_speech(model, ds,
     order = np.argsort([-n for n in ds.lengths]).tolist()
     was_training = model.training
     model.eval()
-    for idx in pack(order, ds.seconds, batch_size, seconds):
+    for idx in pack(order, seconds_of(ds), batch_size, seconds):
         batch = {k: v.to(model.device) for k,v in collate_speech([ds[j] for j in idx]).items()}
         inputs = {k: batch[k] for k in ('input_values','attention_mask')}
         logits = model(**inputs).logits.float()
