@@ -2,7 +2,8 @@
 import pytest, torch
 
 from cald.training.batches import BoundedBatches,pack
-from test_distill import distiller,same,utterances
+from cald.distill import Distiller
+from test_distill import collate,distiller,same,settings,speech,utterances
 
 def durations(n, seed=0):
     "Seconds of utterances as VoxCeleb1 has them: most of 4 to 12, some of up to 145"
@@ -73,3 +74,14 @@ def test_a_run_is_not_resumed_with_other_bounds(tmp_path):
     other.limit = 1e9
     with pytest.raises(ValueError, match='batches'): distiller(tmp_path, max_steps=2, save_strategy='steps', save_steps=2, batches=other).train(resume=True)
     with pytest.raises(ValueError, match='batches'): distiller(tmp_path, max_steps=2, save_strategy='steps', save_steps=2).train(resume=True)
+
+def test_a_process_that_sees_two_gpus_uses_one_and_keeps_its_batch(tmp_path, caplog):
+    "Trainer would give each of them `per_device_train_batch_size` samples, and the teacher would be on the first one only"
+    args = settings(tmp_path, max_steps=1)
+    args.n_gpu
+    args._n_gpu = 2
+    assert args.train_batch_size==4
+    d = Distiller(speech(), args, utterances(), None, data_collator=collate, progress='none')
+    assert args.train_batch_size==2 and 'one of 2 GPUs is used' in caplog.text
+    d.train()
+    assert not isinstance(d.model_wrapped, torch.nn.DataParallel)

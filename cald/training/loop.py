@@ -42,11 +42,16 @@ def seed_all(seed:int):
 class SeededTrainer(Trainer):
     "`transformers.Trainer` whose order and random parts of the data depend on seed and epoch alone"
     shares_batches = True # False: every process of a launch is given all batches
-    def __init__(self, *args,
+    def __init__(self, model,
+                 args,         # `TrainingArguments`; the process uses one device, even if it sees several
+                 *others,
                  batches=None, # `BoundedBatches` (00gb_batches); None: as many samples in each
                  **kwargs):
         self.batches = batches
-        super().__init__(*args, **kwargs)
+        if args.n_gpu>1:
+            _log.warning(f'one of {args.n_gpu} GPUs is used: start a process for each (torchrun)')
+            args._n_gpu = 1 # Trainer would multiply the batch and copy the model, without its teacher
+        super().__init__(model, args, *others, **kwargs)
 
 # %% ../../nbs/00ga_loop.ipynb #3235f77c
 def _identity(batch): return batch
