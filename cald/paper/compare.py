@@ -110,6 +110,7 @@ def card(run)->str:
         return to_markdown(pd.DataFrame(rows, columns=names))
     commit = (session['commit'] or 'unknown')[:8]
     if session['dirty']: commit += ' and changes'
+    import cald.families # so that AutoConfig knows converted models
     model = run.folder/'model'
     task = task_of(AutoConfig.from_pretrained(model)) if (model/'config.json').exists() else ''
     return data_file('card.md').format(
