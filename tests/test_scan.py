@@ -1,5 +1,5 @@
 "The selective scan in C++ against the recurrence in float64; its build, and failures of the build."
-import functools, logging, math, os, re, shlex, signal, subprocess, sys, time
+import hashlib, functools, logging, math, os, re, shlex, signal, subprocess, sys, time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -344,7 +344,7 @@ def test_built_once_and_found_again(cache, monkeypatch, capsys):
     assert new_library()[0] is not None and not capsys.readouterr().err
 
 @needs_cpp
-@pytest.mark.parametrize('damage', (b'', b'no library', b'\x7fELF'+bytes(60), 'cut', 'of another user', 'that anybody can write', 'without its hash'))
+@pytest.mark.parametrize('damage', (b'', b'no library', b'\x7fELF'+bytes(60), 'cut', 'of another user', 'that anybody can write', 'without its hash', 'that cannot be loaded'))
 def test_a_library_that_this_user_did_not_build_is_not_loaded(cache, damage):
     "A process that loads half of one would be killed"
     file = scan.built_file()
@@ -360,6 +360,9 @@ def test_a_library_that_this_user_did_not_build_is_not_loaded(cache, damage):
     elif damage=='that anybody can write':
         planted = whole
         file.chmod(0o777)
+    elif damage=='that cannot be loaded':
+        planted = b'no library'
+        file.with_suffix('.sha256').write_text(hashlib.sha256(planted).hexdigest())
     else: file.with_suffix('.sha256').unlink()
     inode = file.stat().st_ino
     file.write_bytes(planted)

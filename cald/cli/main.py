@@ -254,19 +254,20 @@ def parse(argv:list)->dict: # the command's name as `command`, and its options
 def run(command:str, json:bool=False, **options):
     "Run a command of `MODEL_COMMANDS` or `PAPER_COMMANDS` and print its result"
     if command in PAPER_COMMANDS: return PAPER_COMMANDS[command](**options)
-    if int(os.environ.get('WORLD_SIZE', 1))>1 and command!='finetune':
-        raise ValueError(f'cald {command} runs in one process: start it without torchrun or accelerate')
     import cald.families # not above: it loads torch
     from transformers.utils import logging as hf_logging
     from cald.cli.folders import result_text
     from cald.files import to_plain
+    from cald.lab.store import is_main,launch_size
+    if launch_size()>1 and command!='finetune':
+        raise ValueError(f'cald {command} runs in one process: start it without torchrun or accelerate')
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
     fn = MODEL_COMMANDS[command]
     if 'progress' in inspect.signature(fn).parameters: options['progress'] = 'none' if json else 'line'
     with redirect_stdout(sys.stderr) if json else nullcontext(): result = fn(**options)
     printed = command=='bench' and not json # line by line
-    if printed or int(os.environ.get('RANK', 0)): return
+    if printed or not is_main(): return
     print(dumps(to_plain(result)) if json else result_text(result))
 
 # %% ../../nbs/11f_main.ipynb #ec273873

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EXPORTS', 'SOURCE', 'FLAGS', 'build_folder', 'processor', 'built_file', 'only_ours', 'keep_others_out', 'is_intact',
-           'compiler', 'compile_source', 'build', 'Sizes', 'load_passes', 'load', 'open_library', 'library',
+           'build', 'compiler', 'compile_source', 'Sizes', 'load_passes', 'load', 'open_library', 'library',
            'scan_backend', 'check_scan', 'differentiated_once', 'call', 'sizes', 'SelectiveScan', 'scan_backward',
            'cpp_scan', 'cpp_ssd']
 
@@ -82,6 +82,24 @@ def is_intact(path:Path)->bool:
     if not all(f.is_file() and only_ours(f) for f in (path,record)): return False
     return hashlib.sha256(path.read_bytes()).hexdigest()==record.read_text()
 
+def build(path:Path, limit:float=300., # seconds that one run of the compiler may take
+          source:str=None, what:str='selective scan'):
+    "Compile `source` to `path`; OSError, RuntimeError or subprocess.TimeoutExpired if that fails"
+    cxx = compiler()
+    message = f'cald: building the {what} for this processor, once; it takes some seconds'
+    if sys.stderr: print(message, file=sys.stderr, flush=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for old in path.parent.glob('build-*'): # left by builds that were killed
+        if time.time()-old.stat().st_mtime > 24*3600: shutil.rmtree(old, ignore_errors=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix='build-') as tmp:
+        (Path(tmp)/'scan.cpp').write_text(source or SOURCE)
+        compile_source(cxx, tmp, limit)
+        built,record = Path(tmp)/'scan.so',Path(tmp)/'scan.sha256'
+        record.write_text(hashlib.sha256(built.read_bytes()).hexdigest())
+        for file in (built,record): file.chmod(0o755)
+        os.replace(built, path)
+        os.replace(record, path.with_suffix('.sha256'))
+
 # %% ../../nbs/00b_ops_cpp.ipynb #d1b3f489
 def compiler()->list:
     "The command in `CXX`, else the first C++ compiler found; OSError if there is no such program"
@@ -105,25 +123,6 @@ def compile_source(cxx:list, folder, limit:float): # compiler, folder with scan.
         lines = [line for line in run.stderr.splitlines() if 'error' in line]
         errors += lines[:1] or [f'{cxx[0]} ended with {run.returncode}']
     raise RuntimeError(f'the build failed: {errors[0]}')
-
-# %% ../../nbs/00b_ops_cpp.ipynb #d1b3f48a
-def build(path:Path, limit:float=300., # seconds that one run of the compiler may take
-          source:str=None, what:str='selective scan'):
-    "Compile `source` to `path`; OSError, RuntimeError or subprocess.TimeoutExpired if that fails"
-    cxx = compiler()
-    message = f'cald: building the {what} for this processor, once; it takes some seconds'
-    if sys.stderr: print(message, file=sys.stderr, flush=True)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for old in path.parent.glob('build-*'): # left by builds that were killed
-        if time.time()-old.stat().st_mtime > 24*3600: shutil.rmtree(old, ignore_errors=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix='build-') as tmp:
-        (Path(tmp)/'scan.cpp').write_text(source or SOURCE)
-        compile_source(cxx, tmp, limit)
-        built,record = Path(tmp)/'scan.so',Path(tmp)/'scan.sha256'
-        record.write_text(hashlib.sha256(built.read_bytes()).hexdigest())
-        for file in (built,record): file.chmod(0o755)
-        os.replace(built, path)
-        os.replace(record, path.with_suffix('.sha256'))
 
 # %% ../../nbs/00b_ops_cpp.ipynb #61796c78
 class Sizes(ctypes.Structure):
@@ -149,6 +148,8 @@ def open_library(load, source:str=None, name:str='scan', what:str='selective sca
         path = built_file(source, name)
         if path.parent.exists(): keep_others_out(path.parent)
         if not is_intact(path): build(path, source=source, what=what)
+        try: return load(path),''
+        except (OSError, AttributeError): build(path, source=source, what=what) # its OpenMP may be gone
         return load(path),''
     except Exception as e: return None,f'{type(e).__name__}: {e}'
 
@@ -263,8 +264,7 @@ def scan_backward(u, dt, A, B, C, D, state, kept, chunk, gy, gstate)->tuple:
     of_state = batch,len(A),B.shape[-1]
     shapes = [(batch,*A.shape), (parts,*B.shape), (parts,*C.shape), (batch,len(A)), of_state]
     dA,dB,dC,dD,dstate = (u.new_empty(shape) for shape in shapes)
-    given = u,dt,A,B,C,D,kept,gy,gstate
-    call('backward', [*given,du,ddt,dA,dB,dC,dD,dstate], z)
+    call('backward', [u,dt,A,B,C,D,kept,gy,gstate,du,ddt,dA,dB,dC,dD,dstate], z)
     return du,ddt,dA,dB,dC,dD,dstate
 
 # %% ../../nbs/00b_ops_cpp.ipynb #8c4201ee
