@@ -88,8 +88,8 @@ def estimate_minutes(a, scale:str, seeds:int, workers:int,
 # %% ../../nbs/09c_reproduce.ipynb #0ab282df
 def print_plan(todo, scale, seeds, workers)->list:
     "Print the results that will be made or not and why, and the estimated time; the groups to make"
-    for r in todo[todo.action!='make'].itertuples(): print(f'  {r.artefact.name:8} {r.why}')
-    why = {a.name: w for a,w in zip(todo.artefact, todo.why)}
+    for r in todo[todo.action!='make'].itertuples(): print(f'  {r.artefact.name:8} {shorten(r.why)}')
+    why = {a.name: shorten(w) for a,w in zip(todo.artefact, todo.why)}
     total,planned = 0,group_by_notebook(todo)
     made = set()
     for group in planned:
