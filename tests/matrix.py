@@ -1,6 +1,6 @@
 """Every family x head x mixer: converted, trained two steps, saved, loaded in another process, compared
 
-`python tests/matrix.py` checks all of them and writes tests/matrix.csv, matrix.md, and matrix.json about the run (half an hour);
+`python tests/matrix.py` checks all of them and writes tests/matrix.csv, matrix.md, and matrix.json about the run (ten minutes);
 test_matrix.py checks one case of each family in CI, and all with CALD_SLOW=1."""
 import argparse, copy, itertools, json, os, subprocess, sys, tempfile, time, warnings
 from pathlib import Path
