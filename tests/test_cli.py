@@ -162,14 +162,17 @@ def test_an_interrupted_training_is_resumed_under_another_name_of_its_checkpoint
     finetune_folder(str(tmp_path/'copy'), 'train.tsv', out='model', steps=4, evals=4)
     assert 0 not in seen and seen[-1]==3
 
-def test_two_processes_fine_tune_one_model(capsys, tmp_path):
+LAUNCHERS = ['torch.distributed.run --nproc-per-node 2', 'accelerate.commands.accelerate_cli launch --multi_gpu --num_processes 2']
+
+@pytest.mark.parametrize('launcher', LAUNCHERS, ids=['torchrun','accelerate'])
+def test_two_processes_fine_tune_one_model(launcher, capsys, tmp_path):
     "The result is that of one process, and one of them reports and writes; other commands run in one process"
     shutil.copytree(find_source('roberta-demo'), 'source')
     config = json.loads(Path('source/config.json').read_text())
     Path('source/config.json').write_text(json.dumps(config|dict(hidden_dropout_prob=0., attention_probs_dropout_prob=0.)))
     reviews()
     def two(line):
-        launch = [sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node', '2', '-m', 'cald', *line.split()]
+        launch = [sys.executable, '-m', *launcher.split(), '-m', 'cald', *line.split()]
         tree = Path(cald.__file__).parents[1]
         return subprocess.run(launch, env={**os.environ, 'PYTHONPATH': str(tree), 'OMP_NUM_THREADS': '1'}, capture_output=True, text=True)
     train = 'finetune source --data train.tsv --dev train.tsv --steps 4 --evals 2 --batch 4 --json --out'
