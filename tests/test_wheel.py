@@ -101,8 +101,9 @@ model = predict.model.eval()
 assert type(model).__name__.startswith('Cald')
 if what=='fsdd':
     import soundfile
+    from scipy.signal import resample_poly
     audio,rate = soundfile.read(open('test.tsv').readlines()[1].split('\\t')[0], dtype='float32')
-    found = predict(dict(raw=audio, sampling_rate=rate))
+    found = predict(dict(raw=resample_poly(audio, 16000, rate), sampling_rate=16000)) # others need torchaudio
     x = dict(input_values=torch.randn(2, 16000))
 else:
     found = predict('A fine film.')
